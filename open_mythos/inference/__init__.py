@@ -1,0 +1,1 @@
+"""Generation. Light: importing it loads nothing."""

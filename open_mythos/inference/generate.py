@@ -1,0 +1,258 @@
+"""Token generation, the simple path: one cache, one token a step, every row the same number of loops.
+
+Shape letters: B batch, S prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from open_mythos.model import KVCache, LoopPolicy, OpenMythos
+
+__all__ = ["generate", "sample", "stream"]
+
+Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
+
+
+def generate(
+    model: OpenMythos,
+    input_ids: Prompts,
+    max_new_tokens: int = 64,
+    n_loops: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    *,
+    top_p: float | None = None,
+    eos_token_id: int | None = None,
+    seed: int | None = None,
+    attention_mask: Tensor | None = None,
+    cache_policy: LoopPolicy | None = None,
+) -> Tensor:
+    """Continue each prompt.
+
+    Args:
+        model: the model; its train/eval mode is left as it was.
+        input_ids: (B, S) ids, or a list of unequal prompts, which are padded on the left.
+        max_new_tokens: tokens to add, 0 to ``cfg.max_output_tokens``. The last one is never fed to the model,
+            so prompt + new may exceed ``max_seq_len`` by one.
+        n_loops: loops for every token; ``cfg.max_loop_iters`` when None.
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+        top_k: sample among the k likeliest; None, 0, or anything from V up keeps all.
+        top_p: sample among the likeliest tokens whose probabilities reach this sum, 0 < top_p ≤ 1; None keeps all.
+        eos_token_id: a row that produced it is finished; ``cfg.eos_token_id`` when None.
+        seed: fixes the draws; None uses torch's default generator.
+        attention_mask: (B, S), zero where a prompt is padded, left or right.
+        cache_policy: how loops share the cache; exact (every loop) when None.
+
+    Returns:
+        (B, S + new) int64. Finished rows are filled with ``cfg.pad_token_id``, or the EOS id. Fewer new
+        columns when every row has finished.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the model; nothing has run then.
+    """
+    ids, mask = _prompts(model, input_ids, attention_mask)
+    new = list(
+        stream(
+            model,
+            ids,
+            max_new_tokens,
+            n_loops,
+            temperature,
+            top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            attention_mask=mask,
+            cache_policy=cache_policy,
+        )
+    )
+    return torch.cat((ids, torch.stack(new, 1)), 1) if new else ids
+
+
+def stream(
+    model: OpenMythos,
+    input_ids: Prompts,
+    max_new_tokens: int = 64,
+    n_loops: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    *,
+    top_p: float | None = None,
+    eos_token_id: int | None = None,
+    seed: int | None = None,
+    attention_mask: Tensor | None = None,
+    cache_policy: LoopPolicy | None = None,
+) -> Iterator[Tensor]:
+    """:func:`generate`, one step at a time: an iterator over the new tokens of all rows, each (B,) int64.
+
+    Arguments are checked when this is called, before the first step. Each step runs in eval mode and gives
+    the mode back before it yields.
+    """
+    ids, mask = _prompts(model, input_ids, attention_mask)
+    cfg = model.cfg
+    n_loops = cfg.max_loop_iters if n_loops is None else n_loops
+    _check_sampling(temperature, top_k, top_p, seed)
+    _whole("n_loops", n_loops, 1, None)
+    _whole("max_new_tokens", max_new_tokens, 0, cfg.max_output_tokens)
+    eos = cfg.eos_token_id if eos_token_id is None else eos_token_id
+    if eos is not None:
+        _whole("eos_token_id", eos, 0, cfg.vocab_size - 1)
+    longest = ids.shape[1] + max_new_tokens - 1
+    if longest > cfg.max_seq_len:
+        raise ValueError(
+            f"max_new_tokens = {max_new_tokens} is not allowed: {ids.shape[1]} prompt tokens leave room for "
+            f"{cfg.max_seq_len - ids.shape[1] + 1} under max_seq_len = {cfg.max_seq_len}"
+        )
+    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    cache = KVCache(cache_policy, capacity=max(longest, 0))
+
+    def pick(logits: Tensor) -> Tensor:
+        return sample(logits, temperature, top_k, top_p, generator)
+
+    return _steps(model, ids, mask, max_new_tokens, n_loops, eos, cache, pick)
+
+
+def _steps(model, ids, mask, max_new_tokens, n_loops, eos, cache, pick) -> Iterator[Tensor]:  # type: ignore[no-untyped-def]
+    """The loop of :func:`stream`, its arguments checked."""
+    fill = eos if model.cfg.pad_token_id is None else model.cfg.pad_token_id
+    rows = torch.arange(ids.shape[0], device=ids.device)
+    last = torch.full_like(rows, ids.shape[1] - 1) if mask is None else _last_real(mask)
+    finished = torch.zeros_like(rows, dtype=torch.bool)
+    fed, fed_mask = ids, mask
+    for _ in range(max_new_tokens):
+        with _evaluating(model), torch.no_grad():
+            logits = model(fed, n_loops, cache, attention_mask=fed_mask)[rows, last]
+            token = pick(logits)
+        if eos is not None:
+            token = token.masked_fill(finished, fill)
+            finished = finished | (token == eos)
+        yield token
+        if eos is not None and bool(finished.all()):
+            return
+        fed, fed_mask, last = token.unsqueeze(1), None, torch.zeros_like(rows)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token a row.
+
+    Args:
+        logits: (B, V).
+        temperature: 0 takes the likeliest.
+        top_k: keep the k likeliest.
+        top_p: keep the smallest set of likeliest tokens whose probabilities sum to at least this (arXiv
+            1904.09751), after temperature and top_k.
+        generator: source of randomness.
+
+    Returns:
+        (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k and top_k < logits.shape[-1]:
+        lowest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ranked, order = probabilities.sort(-1, descending=True)
+        # A token stays while the mass before it is short of top_p; so the likeliest always stays.
+        dropped = ranked.cumsum(-1) - ranked >= top_p
+        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(dropped, 0.0))
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+@contextmanager
+def _evaluating(model: OpenMythos) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule is back in its own mode."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _last_real(mask: Tensor) -> Tensor:
+    """Column of each row's last token, (B,)."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return (mask.bool() * columns).argmax(1)
+
+
+def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, S) on the model's device, and their mask when some row is padded."""
+    device = model.embed.weight.device
+    if not isinstance(prompts, Tensor):
+        if mask is not None:
+            raise ValueError("attention_mask is not allowed with a list of prompts: their lengths say what is padding")
+        return _pad_left(prompts, device)
+    if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"input_ids must be int64 or int32 of shape (B, S), got {prompts.dtype} of shape {tuple(prompts.shape)}"
+        )
+    ids = prompts.to(device, torch.int64)
+    if ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(ids.shape)}: every prompt must hold at least one token")
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= model.cfg.vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"input_ids contains {bad}: it must be 0 to vocab_size - 1 ({model.cfg.vocab_size - 1})")
+    if mask is None:
+        return ids, None
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, got {got}")
+    mask = mask.to(device) != 0
+    if not bool(mask.any(1).all()):
+        row = int((~mask.any(1)).nonzero()[0])
+        raise ValueError(f"attention_mask row {row} is all padding: every prompt must hold at least one token")
+    return ids, None if bool(mask.all()) else mask
+
+
+def _pad_left(prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device).flatten() for prompt in prompts]
+    if not rows:
+        raise ValueError("input_ids is an empty list: give at least one prompt")
+    for i, row in enumerate(rows):
+        if row.numel() == 0:
+            raise ValueError(f"input_ids[{i}] is empty: every prompt must hold at least one token")
+    width = max(row.numel() for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.int64, device=device)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool, device=device)
+    for i, row in enumerate(rows):
+        ids[i, width - row.numel() :] = row
+        mask[i, width - row.numel() :] = True
+    return ids, mask
+
+
+def _whole(name: str, value: object, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name} = {value!r} is not allowed: it must be a whole number, {allowed}")
+
+
+def _check_sampling(temperature: object, top_k: object, top_p: object, seed: object) -> None:
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not math.isfinite(temperature) or temperature < 0:  # type: ignore[operator]
+        raise ValueError(f"temperature = {temperature!r} is not allowed: it must be a finite number of at least 0")
+    if top_k is not None:
+        _whole("top_k", top_k, 0, None)
+    if top_p is not None:
+        number = isinstance(top_p, (int, float)) and not isinstance(top_p, bool)
+        if not number or not 0 < top_p <= 1:  # type: ignore[operator]
+            raise ValueError(f"top_p = {top_p!r} is not allowed: it must be above 0 and at most 1, or None")
+    if seed is not None:
+        _whole("seed", seed, 0, 2**63 - 1)

@@ -1,0 +1,164 @@
+"""Grouped-query and multi-head latent attention: projections around a weightless core, keyed by slot.
+
+Shape letters: B batch, S new tokens, C context tokens, H heads, G key/value heads, K head width, R latent rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.cache import KVCache
+from open_mythos.model.layers import RMSNorm, apply_rope
+from open_mythos.ops import attention, latent_attention
+
+__all__ = ["GQAttention", "MLAttention", "SequenceContext"]
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """What every layer of one call shares: where its tokens stand and what they may see.
+
+    Args:
+        rope: (2, B or 1, S, K/2) rotation table of the new tokens.
+        mask: bool (B or 1, 1, S, C), True where a query may look; None when causality alone decides.
+        cache: where keys and values are kept, or None.
+        segments: (B, C) document of each column, -1 for padding; None without padding and documents.
+        packed: the segments are documents.
+    """
+
+    rope: Tensor
+    mask: Tensor | None = None
+    cache: KVCache | None = None
+    segments: Tensor | None = None
+    packed: bool = False
+
+    @property
+    def past(self) -> int:
+        """Cached tokens before this call."""
+        return 0 if self.cache is None else self.cache.length
+
+    def store(self, slot: str, **new: Tensor) -> dict[str, Tensor]:
+        """The new tokens' tensors with the cached ones before them."""
+        return new if self.cache is None else self.cache.write(slot, new)
+
+
+class GQAttention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245): H query heads read G key/value heads, any 1 ≤ G ≤ H.
+
+    Query head h reads key/value head ⌊h·G/H⌋. Cached: rotated keys and values, (B, C, G, K).
+
+    Args:
+        cfg: sizes; ``qk_norm`` adds an RMSNorm on each query and key head before the rotation.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+        self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
+        self.wk = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
+        self.wv = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
+        self.wo = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.dropout = cfg.dropout
+
+    def forward(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
+        """(B, S, D) → (B, S, D)."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, ctx.rope), apply_rope(k, ctx.rope)
+        kv = ctx.store(slot, k=k, v=v)
+        out = attention(
+            q.transpose(1, 2),
+            kv["k"].transpose(1, 2),
+            kv["v"].transpose(1, 2),
+            scale=self.head_dim**-0.5,
+            mask=ctx.mask,
+            causal=ctx.mask is None and x.shape[1] > 1,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class MLAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+        c = norm(W_dkv x)[:R],  k_rope = rope((W_dkv x)[R:])            cached: [c | k_rope], (B, C, R + K_rope)
+        q = W_uq norm(W_dq x),  k = [W_uk c | k_rope],  v = W_uv c,  y = W_o softmax(q kᵀ / √K) v
+
+    The rope key is one for all heads. With cached tokens and few new ones W_uk is absorbed into the query and
+    W_uv into the output, so that attention runs on the latent itself; otherwise keys and values are built.
+    Both compute the same; the cheaper by multiplications is taken.
+
+    Args:
+        cfg: sizes.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.n_heads, self.rank = cfg.n_heads, cfg.kv_lora_rank
+        self.rope_dim, self.nope_dim, self.v_dim = cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim
+        self.scale = (self.rope_dim + self.nope_dim) ** -0.5
+        self.q_down = nn.Linear(cfg.dim, cfg.q_lora_rank, bias=False)
+        self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps)
+        self.q_up = nn.Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope_dim + self.rope_dim), bias=False)
+        self.kv_down = nn.Linear(cfg.dim, cfg.kv_lora_rank + self.rope_dim, bias=False)
+        self.kv_norm = RMSNorm(cfg.kv_lora_rank, cfg.norm_eps)
+        self.kv_up = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * (self.nope_dim + self.v_dim), bias=False)
+        self.wo = nn.Linear(cfg.n_heads * self.v_dim, cfg.dim, bias=False)
+        self.dropout = cfg.dropout
+
+    def forward(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
+        """(B, S, D) → (B, S, D)."""
+        q = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_heads, -1))
+        q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), -1)
+        q_rope = apply_rope(q_rope, ctx.rope)
+        c, k_rope = self.kv_down(x).split((self.rank, self.rope_dim), -1)
+        k_rope = apply_rope(k_rope.unsqueeze(2), ctx.rope).squeeze(2)
+        latent = torch.cat((self.kv_norm(c), k_rope), -1)
+        latent = ctx.store(slot, latent=latent)["latent"]
+        absorb = ctx.past > 0 and self._absorbing_pays(x.shape[1], latent.shape[1])
+        core = self._attend_absorbed if absorb else self._attend_expanded
+        return self.wo(core(q_nope, q_rope, latent, ctx))
+
+    def _absorbing_pays(self, new: int, context: int) -> bool:
+        """Fewer multiplications per head and context token over the latent than over built keys and values."""
+        up = self.rank * (self.nope_dim + self.v_dim)
+        over_latent = new * (2 * self.rank + self.rope_dim) + new * up / context
+        return over_latent < up + new * (self.nope_dim + self.rope_dim + self.v_dim)
+
+    def _attend_expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, ctx: SequenceContext) -> Tensor:
+        c, k_rope = latent.split((self.rank, self.rope_dim), -1)
+        k_nope, v = self.kv_up(c).unflatten(-1, (self.n_heads, -1)).split((self.nope_dim, self.v_dim), -1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)), -1)
+        out = attention(
+            torch.cat((q_nope, q_rope), -1).transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            scale=self.scale,
+            mask=ctx.mask,
+            causal=ctx.mask is None and q_nope.shape[1] > 1,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, ctx: SequenceContext) -> Tensor:
+        up = self.kv_up.weight.view(self.n_heads, self.nope_dim + self.v_dim, self.rank)
+        w_uk, w_uv = up.split((self.nope_dim, self.v_dim), 1)
+        q = torch.cat((torch.einsum("bshn,hnr->bhsr", q_nope, w_uk), q_rope.transpose(1, 2)), -1)
+        out = latent_attention(
+            q,
+            latent,
+            self.rank,
+            scale=self.scale,
+            mask=ctx.mask,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return torch.einsum("bhsr,hvr->bshv", out, w_uv).flatten(2)

@@ -1,0 +1,235 @@
+"""What makes the block a recurrence: injection, loop embedding, per-loop LoRA, halting.
+
+Shape letters: B batch, S sequence, D model width, T loops.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.config import ConfigError, MythosConfig
+
+__all__ = [
+    "ACTHalting",
+    "HaltingWeights",
+    "LTIInjection",
+    "LoRAAdapter",
+    "attach_loss",
+    "convergence_loss",
+    "loop_index_embedding",
+]
+
+
+class _ClampInward(torch.autograd.Function):
+    """clamp(x, low, high) whose gradient passes where a descent step leads inward, also from outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = (low, high)
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        low, high = ctx.bounds
+        outward = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
+        return grad.masked_fill(outward, 0.0), None, None
+
+
+class LTIInjection(nn.Module):
+    """The linear part of the loop, stable by construction (arXiv 2604.12946):
+
+        h' = A ⊙ h + B ⊙ e + u,   A = exp(−exp(s)),   s = clamp(log_A + log_dt, −15, 4.4)
+
+    Within the clamp A lies in (exp(−81.5), 1 − 3e-7): strictly inside (0, 1) in float32 for any finite
+    parameter. At the clamp the gradient still leads inward, so no parameter is lost outside.
+    A and the update are computed in at least float32 whatever the dtype of the weights.
+
+    Args:
+        dim: D.
+        b_init: initial B; None takes 1 − A, with which the linear part alone settles at h = e.
+    """
+
+    LOW, HIGH = -15.0, 4.4
+
+    def __init__(self, dim: int, b_init: float | None = None) -> None:
+        super().__init__()
+        self.log_A = nn.Parameter(torch.zeros(dim))
+        self.log_dt = nn.Parameter(torch.zeros(1))
+        self.B = nn.Parameter(torch.full((dim,), 1 - math.exp(-1) if b_init is None else b_init))
+
+    def get_A(self) -> Tensor:
+        """The decay of each channel, (D,), strictly inside (0, 1), float32 or wider."""
+        dtype = torch.promote_types(self.log_A.dtype, torch.float32)
+        # Two halves first: the sum of two finite parameters may overflow, and inf - inf would be NaN.
+        half = self.log_A.to(dtype) / 2 + self.log_dt.to(dtype) / 2
+        s = _ClampInward.apply(half, self.LOW / 2, self.HIGH / 2) * 2
+        return torch.exp(-torch.exp(s))
+
+    def forward(self, h: Tensor, e: Tensor, transformer_out: Tensor) -> Tensor:
+        """State (B, S, D), injected input (B, S, D) and update (B, S, D) → next state (B, S, D)."""
+        return (self.get_A() * h + self.B * e + transformer_out).to(h.dtype)
+
+    @torch.no_grad()
+    def rescale(self, limit: float) -> float:
+        """A ← A · limit / ρ(A) on the parameters when ρ(A) = max A exceeds ``limit``; returns the new ρ(A).
+
+        Raises:
+            ConfigError: ``limit`` is not inside (0, 1).
+        """
+        if not 0.0 < limit < 1.0:
+            raise ConfigError(f"limit = {limit!r} is not allowed: it must be above 0 and below 1")
+        decay = self.get_A().double()
+        radius = decay.max()
+        if radius > limit:
+            s = torch.log(-torch.log(decay * (limit / radius)))
+            log_dt = self.log_dt.double().clamp(self.LOW, self.HIGH)
+            self.log_dt.copy_(log_dt)
+            self.log_A.copy_(s - self.log_dt.double())
+        return float(self.get_A().max())
+
+
+def loop_index_embedding(h: Tensor, loop_t: int | Tensor, loop_dim: int, theta: float = 10000.0) -> Tensor:
+    """Add sin and cos of the loop index to the first ``loop_dim`` channels; defined for any loop.
+
+    Args:
+        h: (B, S, D).
+        loop_t: loop index from 0.
+        loop_dim: channels that receive it.
+        theta: base of the frequencies.
+
+    Returns:
+        (B, S, D).
+    """
+    exponent = torch.arange(0, loop_dim, 2, device=h.device, dtype=h.dtype) / max(loop_dim, 1)
+    angles = loop_t * theta**-exponent
+    embedding = torch.cat((angles.sin(), angles.cos()))[:loop_dim]
+    return h + F.pad(embedding, (0, h.shape[-1] - loop_dim))
+
+
+class LoRAAdapter(nn.Module):
+    """Per-loop low-rank change of the shared block (arXiv 2410.20672): Δ(x, t) = (down(x) ⊙ scale_t) B.
+
+    Loops beyond the table use its last row.
+
+    Args:
+        dim: D.
+        rank: rank of the change.
+        max_loops: rows of the table.
+    """
+
+    def __init__(self, dim: int, rank: int, max_loops: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.B = nn.Parameter(torch.zeros(rank, dim))
+        self.scale = nn.Embedding(max_loops, rank)
+
+    def forward(self, x: Tensor, loop_t: int | Tensor) -> Tensor:
+        """(B, S, D), loop index → (B, S, D)."""
+        last = self.scale.num_embeddings - 1
+        row = loop_t.clamp(max=last) if isinstance(loop_t, Tensor) else min(loop_t, last)
+        return (self.down(x) * self.scale.weight[row]) @ self.B
+
+
+class ACTHalting(nn.Module):
+    """Probability that a position stops after this loop: sigmoid(w·h + b) (arXiv 1603.08983).
+
+    Args:
+        dim: D.
+        bias_init: b at initialisation; negative values halt late.
+    """
+
+    def __init__(self, dim: int, bias_init: float = -3.0) -> None:
+        super().__init__()
+        self.bias_init = bias_init
+        self.halt = nn.Linear(dim, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, S, D) → (B, S), in (0, 1)."""
+        return torch.sigmoid(self.halt(h)).squeeze(-1)
+
+
+class HaltingWeights:
+    """Weight of each loop's state in what the coda reads, one loop at a time.
+
+    - ``select``: one-hot, at the first loop where 1 − Π(1 − p) ≥ threshold, else at the last loop.
+    - ``average``: p, the remainder at the loop where Σp reaches the threshold or at the last loop.
+    - ``upstream``: as ``average`` but without the last loop's remainder, so that mass may be missing.
+
+    The first two sum to one over any number of loops. ``off`` has no weights and needs no object of this class.
+
+    Args:
+        cfg: ``halting`` and ``act_threshold``.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        self.mode = cfg.halting
+        self.threshold = cfg.act_threshold if self.mode == "upstream" else min(cfg.act_threshold, 1.0)
+        self.mass: Tensor | None = None
+        self.running: Tensor | None = None
+
+    def next(self, p: Tensor, last: bool) -> Tensor:
+        """Halting probabilities (B, S) of this loop, and whether it is the last → weights (B, S)."""
+        p = p.to(torch.promote_types(p.dtype, torch.float32))
+        if self.mass is None or self.running is None:
+            self.mass, self.running = torch.zeros_like(p), torch.ones_like(p, dtype=torch.bool)
+        if self.mode == "select":
+            self.mass = self.mass + (1 - self.mass) * p
+            stop = self.running & ((self.mass >= self.threshold) | last)
+            self.running = self.running & ~stop
+            return stop.to(p.dtype)
+        crossing = self.mass + p >= self.threshold
+        if self.mode == "average" and last:
+            crossing = torch.ones_like(crossing)
+        weight = torch.where(crossing, (1 - self.mass).clamp(min=0), p) * self.running
+        self.mass = self.mass + p * self.running
+        self.running = self.running & ~(self.mass >= self.threshold)
+        if self.mode == "average":
+            self.running = self.running & ~crossing
+        return weight
+
+
+def convergence_loss(states: list[Tensor], probabilities: list[Tensor], tolerance: float) -> Tensor:
+    """Teach the halting head to stop where the state already is what it will be.
+
+    Cross entropy of p_t against 1[‖h_t − h_T‖ ≤ tolerance · ‖h_T‖] over the loops before the last.
+
+    Args:
+        states: T states (B, S, D); read without gradient.
+        probabilities: T halting probabilities (B, S).
+        tolerance: relative distance that counts as converged.
+
+    Returns:
+        A scalar; zero, but attached to the head, when there is only one loop.
+    """
+    p = torch.stack(probabilities).float()
+    if len(states) < 2:
+        return 0.0 * p.sum()
+    with torch.no_grad():
+        final = states[-1].float()
+        reach = tolerance * final.norm(dim=-1)
+        done = torch.stack([(h.float() - final).norm(dim=-1) <= reach for h in states[:-1]]).float()
+    eps = 1e-6
+    return F.binary_cross_entropy(p[:-1].clamp(eps, 1 - eps), done)
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_like = loss.new_ones(())
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, ctx.loss_like
+
+
+def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x unchanged; backward through it also descends ``loss`` with weight one, in anybody's training loop."""
+    return _AttachLoss.apply(x, loss)

@@ -1,0 +1,405 @@
+"""OpenMythos: encode once, loop one shared block as long as asked, decode once.
+
+Shape letters: B batch, S new tokens, C context tokens, D model width, T loops, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.attention import GQAttention, MLAttention, SequenceContext
+from open_mythos.model.cache import CacheError, Entry, KVCache
+from open_mythos.model.layers import Expert, RMSNorm, rope_table
+from open_mythos.model.moe import MoEFFN
+from open_mythos.model.recurrence import (
+    ACTHalting,
+    HaltingWeights,
+    LoRAAdapter,
+    LTIInjection,
+    attach_loss,
+    convergence_loss,
+    loop_index_embedding,
+)
+
+__all__ = ["OpenMythos", "RecurrentBlock", "TransformerBlock", "rescale_spectral_radius", "spectral_radius"]
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: x ← x + attn(norm(x)); x ← x + ffn(norm(x)).
+
+    Args:
+        cfg: sizes and attention type.
+        use_moe: mixture of experts instead of one dense feed-forward layer.
+    """
+
+    def __init__(self, cfg: MythosConfig, use_moe: bool = False) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attn = MLAttention(cfg) if cfg.attn_type == "mla" else GQAttention(cfg)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn = MoEFFN(cfg) if use_moe else Expert(cfg.dim, cfg.dense_dim)
+        self.resid_drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
+        """(B, S, D) → (B, S, D); keys and values go to ``slot`` of the context's cache."""
+        x = x + self.resid_drop(self.attn(self.attn_norm(x), ctx, slot))
+        return x + self.resid_drop(self.ffn(self.ffn_norm(x)))
+
+
+class RecurrentBlock(nn.Module):
+    """The shared block and what turns it into a recurrence:
+
+        x = norm(h + loop_embedding(t) + e),   u = block(x) − x + lora(block(x), t)
+        h' = A ⊙ h + B ⊙ e + u                                          (A inside (0, 1))
+
+    With ``block_output="state"`` u keeps the block's input, as in the public release.
+
+    Args:
+        cfg: sizes and choices.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.block = TransformerBlock(cfg, use_moe=True)
+        self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
+        self.injection = LTIInjection(cfg.dim, b_init=0.1 if cfg.init == "upstream" else None)
+        self.state_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.state_norm else None
+        self.act = ACTHalting(cfg.dim, cfg.halt_bias_init)
+        self.loop_dim = cfg.dim // 8 if cfg.loop_embedding else 0
+
+    def forward(self, h: Tensor, e: Tensor, t: int | Tensor, ctx: SequenceContext, slot: str) -> Tensor:
+        """State (B, S, D), injected input (B, S, D), loop index → next state (B, S, D)."""
+        seen = loop_index_embedding(h, t, self.loop_dim) if self.loop_dim else h
+        x = self.norm(seen + e)
+        out = self.block(x, ctx, slot)
+        update = out if self.cfg.block_output == "state" else out - x
+        if self.lora is not None:
+            update = update + self.lora(out, t)
+        h = self.injection(h, e, update)
+        return h if self.state_norm is None else self.state_norm(h)
+
+
+class OpenMythos(nn.Module):
+    """A recurrent-depth transformer language model.
+
+        h = initial_state(e),   e = prelude(ids)
+        for t in range(n_loops): h = step(h, e, t)
+        logits = coda(h)
+
+    ``prelude``, ``step`` and ``coda`` are the only ways in; everything else composes them.
+
+    Args:
+        cfg: the configuration; see :class:`~open_mythos.MythosConfig`.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        if not isinstance(cfg, MythosConfig):
+            raise TypeError(f"cfg must be a MythosConfig, got {type(cfg).__name__}")
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.prelude_layers = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
+        self.input_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.input_norm else nn.Identity()
+        self.recurrent = RecurrentBlock(cfg)
+        self.coda_layers = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.reset_parameters()
+
+    # The three ways in.
+
+    def prelude(self, ids: Tensor, ctx: SequenceContext | None = None) -> Tensor:
+        """Token ids (B, S) → injected input e (B, S, D)."""
+        ctx = self.context(ids) if ctx is None else ctx
+        x = self.embed(ids)
+        if self.cfg.init == "scaled":
+            x = x * math.sqrt(self.cfg.dim)
+        for i, layer in enumerate(self.prelude_layers):
+            x = layer(x, ctx, f"prelude_{i}")
+        return self.input_norm(x)
+
+    def step(self, h: Tensor, e: Tensor, t: int | Tensor, ctx: SequenceContext | None = None) -> Tensor:
+        """One loop: state (B, S, D), injected input (B, S, D), loop index from 0 → next state (B, S, D)."""
+        ctx = self.context(e) if ctx is None else ctx
+        slot = "" if ctx.cache is None else ctx.cache.policy.slot(int(t))
+        return self.recurrent(h, e, t, ctx, slot)
+
+    def coda(self, h: Tensor, ctx: SequenceContext | None = None) -> Tensor:
+        """State (B, S, D) → logits (B, S, V)."""
+        ctx = self.context(h) if ctx is None else ctx
+        for i, layer in enumerate(self.coda_layers):
+            h = layer(h, ctx, f"coda_{i}")
+        return self.head(self.norm(h))
+
+    # What composes them.
+
+    def initial_state(self, e: Tensor) -> Tensor:
+        """State before the first loop, (B, S, D): e, zeros, or while training unit normal noise."""
+        if self.cfg.initial_state == "prelude":
+            return e
+        if self.cfg.initial_state == "random" and self.training:
+            return torch.randn_like(e)
+        return torch.zeros_like(e)
+
+    def think(self, h: Tensor, e: Tensor, ctx: SequenceContext | None, loops: Iterable[int]) -> Tensor:
+        """Run these loops and hand over the state that halting selects, (B, S, D).
+
+        In training mode with ``halting="select"`` the halting head learns, on features that carry no gradient
+        back, to tell that the state has settled; see :func:`~open_mythos.model.recurrence.convergence_loss`.
+        """
+        loops = list(loops)
+        if self.cfg.halting == "off":
+            for t in loops:
+                h = self.step(h, e, t, ctx)
+            return h
+        select = self.cfg.halting == "select"
+        learn = select and self.training and torch.is_grad_enabled()
+        weights = HaltingWeights(self.cfg)
+        out = torch.zeros_like(h)
+        states: list[Tensor] = []
+        probabilities: list[Tensor] = []
+        for t in loops:
+            h = self.step(h, e, t, ctx)
+            p = self.recurrent.act(h.detach() if select else h)
+            weight = weights.next(p.detach() if select else p, last=t == loops[-1]).unsqueeze(-1)
+            out = torch.where(weight > 0, h, out) if select else out + weight.to(h.dtype) * h
+            if learn:
+                states.append(h.detach())
+                probabilities.append(p)
+        if learn:
+            out = attach_loss(out, convergence_loss(states, probabilities, self.cfg.halt_tolerance))
+        return out
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = None,
+        kv_cache: KVCache | dict[str, Entry] | None = None,
+        start_pos: int | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            input_ids: (B, S) token ids.
+            n_loops: T ≥ 1; ``cfg.max_loop_iters`` when None. May exceed the number trained with.
+            kv_cache: a :class:`KVCache`, or a plain dict (empty at first) that is filled with one entry per
+                cached layer and loop; passed again it continues the sequence.
+            start_pos: position of the first id; None takes it from the cache. Given, it must agree with it.
+            attention_mask: (B, S), nonzero for tokens and zero for padding, on either side, of these ids.
+            document_ids: (B, S) non-negative ints; a token sees only its own document.
+
+        Returns:
+            (B, S, V).
+
+        Raises:
+            ValueError: an argument does not fit the model, the ids or the cache.
+        """
+        n_loops = self.cfg.max_loop_iters if n_loops is None else n_loops
+        _check_loops(n_loops)
+        _check_ids(input_ids, self.cfg.vocab_size)
+        cache = KVCache.wrap(kv_cache) if isinstance(kv_cache, dict) else kv_cache
+        if isinstance(kv_cache, dict) and (attention_mask is not None or document_ids is not None):
+            raise CacheError("a plain dict keeps no padding or document marks: pass kv_cache=KVCache() with a mask")
+        ctx = self.context(input_ids, attention_mask, document_ids, cache, start_pos)
+        if cache is not None:
+            cache.check_loops(n_loops)
+        if self.training and torch.is_grad_enabled():
+            self.update_router_bias()
+        past = ctx.past
+        try:
+            e = self.prelude(input_ids, ctx)
+            h = self.think(self.initial_state(e), e, ctx, range(n_loops))
+            logits = self.coda(h, ctx)
+        except BaseException:
+            if cache is not None:
+                cache.trim(past)
+            raise
+        if cache is not None:
+            cache.commit(input_ids.shape[1], ctx.segments, ctx.packed)
+        return logits
+
+    def context(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        start_pos: int | None = None,
+    ) -> SequenceContext:
+        """Positions and mask of a call, shared by all its layers.
+
+        Args:
+            tokens: ids (B, S) or states (B, S, D); only shape and device are read.
+            attention_mask: as in :meth:`forward`.
+            document_ids: as in :meth:`forward`.
+            cache: cached tokens that come before.
+            start_pos: as in :meth:`forward`.
+
+        Raises:
+            ValueError: shapes, lengths or positions do not fit.
+        """
+        batch, new = tokens.shape[:2]
+        past = 0 if cache is None else cache.length
+        if cache is not None and cache.batch_size not in (None, batch):
+            raise CacheError(f"the cache holds a batch of {cache.batch_size}, but input_ids has batch {batch}")
+        if start_pos is not None and (cache is not None or start_pos != 0) and start_pos != past:
+            what = "no cache is given" if cache is None else f"the cache holds {past} tokens"
+            raise CacheError(f"start_pos = {start_pos!r} is not allowed: {what}, so it must be {past}")
+        if past + new > self.cfg.max_seq_len:
+            raise ValueError(
+                f"{past} cached and {new} new tokens exceed max_seq_len = {self.cfg.max_seq_len}; "
+                "use a shorter sequence or a config with a larger max_seq_len"
+            )
+        segments = _segments(tokens, attention_mask, document_ids, cache)
+        mask = _visibility(segments, past, new, tokens.device)
+        if segments is None or mask is None:
+            positions = torch.arange(past, past + new, device=tokens.device).unsqueeze(0)
+        else:
+            positions = mask.sum(-1).squeeze(1) - 1
+        cfg = self.cfg
+        width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
+        rope = rope_table(positions, width, cfg.rope_theta, self.embed.weight.dtype)
+        return SequenceContext(rope, mask, cache, segments, packed=document_ids is not None)
+
+    def update_router_bias(self) -> None:
+        """Let the balancing bias follow the loads counted so far; :meth:`forward` calls it while training."""
+        for module in self.modules():
+            if isinstance(module, MoEFFN):
+                module.update_bias()
+
+    def generate(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Continue each row; see :func:`open_mythos.inference.generate.generate` for every argument.
+
+        Args:
+            input_ids: (B, S) prompt ids.
+            *args: ``max_new_tokens, n_loops, temperature, top_k``, in that order.
+            **kwargs: the same by name, and top_p, eos_token_id, seed, attention_mask, cache_policy.
+
+        Returns:
+            (B, S + new).
+        """
+        from open_mythos.inference.generate import generate
+
+        return generate(self, input_ids, *args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Draw fresh initial weights from torch's default generator, as ``cfg.init`` says."""
+        scaled = self.cfg.init == "scaled"
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5 if scaled else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, MoEFFN):
+                for weight in (module.w_in, module.w_out):
+                    nn.init.normal_(weight, std=weight.shape[1] ** -0.5 if scaled else 0.02)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        nn.init.normal_(self.embed.weight, std=self.cfg.dim**-0.5 if scaled else 0.02)
+        self._reset_recurrence(scaled)
+
+    def _reset_recurrence(self, scaled: bool) -> None:
+        act, lora = self.recurrent.act, self.recurrent.lora
+        nn.init.constant_(act.halt.bias, act.bias_init)
+        if scaled:
+            nn.init.zeros_(act.halt.weight)
+        if lora is not None:
+            if scaled:
+                nn.init.zeros_(lora.B)
+                nn.init.ones_(lora.scale.weight)
+            else:
+                nn.init.normal_(lora.B, std=0.02)
+                nn.init.normal_(lora.scale.weight, std=0.02)
+
+
+def spectral_radius(model: OpenMythos) -> float:
+    """ρ(A) of the injection: the largest decay, strictly inside (0, 1)."""
+    return float(model.recurrent.injection.get_A().detach().max())
+
+
+def rescale_spectral_radius(model: OpenMythos, limit: float = 0.9) -> float:
+    """Scale A on its parameters so that ρ(A) ≤ limit: A ← A · limit / ρ(A) when ρ(A) > limit.
+
+    Returns:
+        ρ(A) afterwards.
+
+    Raises:
+        ConfigError: ``limit`` is not inside (0, 1).
+    """
+    return model.recurrent.injection.rescale(limit)
+
+
+def _check_loops(n_loops: int) -> None:
+    if isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1:
+        raise ValueError(f"n_loops = {n_loops!r} is not allowed: it must be a whole number of at least 1, or None")
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Shape, dtype and, where reading them costs no device synchronisation, values."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"input_ids must be an int64 or int32 tensor of shape (B, S), got {got}")
+    if ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(ids.shape)}: it must hold at least one token in each row")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in torch.aminmax(ids))
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"input_ids contains {bad}: it must be 0 to vocab_size - 1 ({vocab_size - 1})")
+
+
+def _segments(
+    tokens: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: KVCache | None
+) -> Tensor | None:
+    """Document of each cached and new column, -1 for padding: (B, C), or None when all are one document."""
+    shape = tokens.shape[:2]
+    for name, marks in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        if marks is not None and (not isinstance(marks, Tensor) or marks.shape != shape):
+            got = tuple(marks.shape) if isinstance(marks, Tensor) else type(marks).__name__
+            raise ValueError(f"{name} must have the shape of input_ids, {tuple(shape)}, got {got}")
+    if document_ids is not None and (document_ids.is_floating_point() or document_ids.dtype == torch.bool):
+        raise ValueError(f"document_ids must be whole numbers, got {document_ids.dtype}")
+    before = None if cache is None else cache.segments
+    if cache is not None and cache.packed and document_ids is None:
+        raise CacheError("the cache holds packed documents: pass document_ids, which say what the new tokens continue")
+    if attention_mask is None and document_ids is None and before is None:
+        return None
+    marks = torch.zeros(shape, dtype=torch.int64, device=tokens.device)
+    if document_ids is not None:
+        marks = document_ids.to(tokens.device, torch.int64)
+    if attention_mask is not None:
+        marks = marks.masked_fill(attention_mask.to(tokens.device) == 0, -1)
+    if cache is not None and cache.length:
+        if before is None:
+            before = torch.zeros((shape[0], cache.length), dtype=torch.int64, device=tokens.device)
+        marks = torch.cat((before, marks), 1)
+    return marks
+
+
+def _visibility(segments: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
+    """Who sees whom, (B or 1, 1, S, C) bool; None when it is plain causality or all keys.
+
+    Padding is a document of its own, so that its rows have something to look at and nobody looks at it.
+    """
+    if segments is None and (past == 0 or new == 1):
+        return None
+    columns = torch.arange(past + new, device=device)
+    mask = (columns <= columns[past:, None]).view(1, 1, new, past + new)
+    if segments is not None:
+        mask = mask & (segments[:, None, past:, None] == segments[:, None, None, :])
+    return mask
+
+

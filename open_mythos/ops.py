@@ -1,0 +1,245 @@
+"""Attention and expert matmul: a plain reference beside each fast path, one signature for both.
+
+Shape letters: B batch, S new tokens, C context tokens, H query heads, G key/value heads, K head width,
+R latent width, N token slots, D model width, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "attention",
+    "attention_reference",
+    "combine",
+    "dispatch",
+    "expert_offsets",
+    "grouped_linear",
+    "grouped_linear_reference",
+    "latent_attention",
+]
+
+
+def _heads_to_groups(n_heads: int, n_groups: int, device: torch.device) -> Tensor:
+    """Key/value head read by each query head, (H,). Groups differ by at most one head when G does not divide H."""
+    return torch.arange(n_heads, device=device) * n_groups // n_heads
+
+
+def _expand_groups(x: Tensor, n_heads: int) -> Tensor:
+    """(B, G, C, K) → (B, H, C, K)."""
+    groups = x.shape[1]
+    if groups == n_heads:
+        return x
+    if groups == 1:
+        return x.expand(-1, n_heads, -1, -1)
+    return x.index_select(1, _heads_to_groups(n_heads, groups, x.device))
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v, written out; what :func:`attention` must equal.
+
+    Args:
+        q: (B, H, S, K).
+        k: (B, G, C, K).
+        v: (B, G, C, Kv).
+        scale: factor on the scores.
+        mask: bool, broadcastable to (B, H, S, C); True where a query may look. Every row needs one True.
+        causal: query i of S sees keys 0..i; only for S == C, and not together with a mask.
+
+    Returns:
+        (B, H, S, Kv).
+    """
+    heads, length = q.shape[1], q.shape[2]
+    scores = scale * (q @ _expand_groups(k, heads).transpose(-2, -1))
+    if causal:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ _expand_groups(v, heads)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """:func:`attention_reference` through ``scaled_dot_product_attention``, with dropout on the weights.
+
+    Unequal value and query widths leave SDPA's fast CPU kernel, so there the narrower side is padded with
+    zeros, which changes no score and no output channel that is kept.
+    """
+    heads, groups, width, value_width = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
+    share = groups != heads
+    if share and heads % groups:
+        k, v, share = _expand_groups(k, heads), _expand_groups(v, heads), False
+    if q.device.type == "cpu" and width != value_width:
+        if value_width < width:
+            v = F.pad(v, (0, width - value_width))
+        else:
+            q, k = F.pad(q, (0, value_width - width)), F.pad(k, (0, value_width - width))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=share
+    )
+    return out[..., :value_width]
+
+
+def latent_attention(
+    q: Tensor, latent: Tensor, rank: int, *, scale: float, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Attention of all heads over one shared key/value head: MLA with its up-projections absorbed.
+
+    Every head reads the same latent, so heads become rows of one matrix product instead of copies of the
+    cache; the value is the first ``rank`` channels of the key.
+
+    Args:
+        q: (B, H, S, R + K_rope), queries in latent space, rope channels last.
+        latent: (B, C, R + K_rope), the cache as stored.
+        rank: R.
+        scale: factor on the scores.
+        mask: bool, broadcastable to (B, 1, S, C), or None.
+        dropout: probability on the attention weights.
+
+    Returns:
+        (B, H, S, R).
+    """
+    batch, heads, length, width = q.shape
+    if mask is not None:
+        mask = mask.expand(-1, heads, -1, -1).reshape(mask.shape[0], 1, heads * length, mask.shape[-1])
+    shared = latent.unsqueeze(1)
+    out = F.scaled_dot_product_attention(
+        q.reshape(batch, 1, heads * length, width), shared, shared, attn_mask=mask, dropout_p=dropout, scale=scale
+    )
+    return out.view(batch, heads, length, width)[..., :rank]
+
+
+def expert_offsets(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Sort token slots by expert, on the device and without a host synchronisation.
+
+    Args:
+        experts: (N, k) expert of each slot.
+        n_experts: E.
+
+    Returns:
+        ``order`` (N·k,): slot at each sorted place; ``counts`` (E,) int64: slots of each expert.
+    """
+    flat = experts.reshape(-1)
+    counts = torch.zeros(n_experts, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    return flat.argsort(stable=True), counts
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copy each token to its k slots, sorted by expert. The backward is a gather and a sum, not a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.k = k
+        return x.index_select(0, order // k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        _, inverse = ctx.saved_tensors
+        return grad.index_select(0, inverse).view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
+
+
+class _Unsort(torch.autograd.Function):
+    """Undo the sort of :class:`_Dispatch`; a permutation, so its backward is the opposite gather."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return y.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        return grad.index_select(0, order), None, None
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+def dispatch(x: Tensor, order: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Token rows in expert order.
+
+    Args:
+        x: (N, D).
+        order: (N·k,) from :func:`expert_offsets`.
+        k: experts per token.
+
+    Returns:
+        (N·k, D) and the inverse permutation (N·k,), which :func:`combine` needs.
+    """
+    inverse = _inverse(order)
+    return _Dispatch.apply(x, order, inverse, k), inverse
+
+
+def combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Weighted sum of each token's expert outputs, in a fixed order: the same bits at every run.
+
+    Args:
+        y: (N·k, D) in expert order.
+        weights: (N, k).
+        order: sort order.
+        inverse: its inverse.
+
+    Returns:
+        (N, D).
+    """
+    n, k = weights.shape
+    return torch.bmm(weights.unsqueeze(1), _Unsort.apply(y, order, inverse).view(n, k, -1)).squeeze(1)
+
+
+def grouped_linear_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Row block e of x times weight[e], one block after the other.
+
+    Reads the counts on the host. Differentiating through ``unbind`` keeps the gradient of the stack one
+    allocation; indexing ``weight[e]`` would build a full-size gradient for every expert.
+
+    Args:
+        x: (N, D), rows sorted by expert.
+        weight: (E, D, F).
+        counts: (E,) rows of each expert.
+
+    Returns:
+        (N, F).
+    """
+    blocks = x.split(counts.tolist())
+    return torch.cat([block @ w for block, w in zip(blocks, weight.unbind(), strict=True)])
+
+
+def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:
+    """What ``F.grouped_mm`` accepts: dtype, 16-byte strides, and on CUDA compute capability 8.0."""
+    if not hasattr(F, "grouped_mm") or (x.dim(), weight.dim()) != (2, 3):
+        return False
+    size = x.element_size()
+    if x.dtype != weight.dtype or (x.shape[1] * size) % 16 or (weight.shape[2] * size) % 16:
+        return False
+    if x.device.type == "cuda":
+        return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """:func:`grouped_linear_reference` as one grouped matrix product where this build and device have it.
+
+    On CUDA the grouped product serves bfloat16; other dtypes take the reference, which reads the counts on
+    the host once a call.
+    """
+    if _grouped_mm_serves(x, weight):
+        return F.grouped_mm(x.contiguous(), weight, offs=counts.cumsum(0).to(torch.int32))
+    return grouped_linear_reference(x, weight, counts)
