@@ -1,0 +1,74 @@
+"""k-hop pointer chasing: follow arrows that are listed, in random order, in the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from open_mythos.tasks.base import IGNORE_INDEX, PAD, Batch, Level, Task, check_integer
+
+EDGE, QUERY, HOP = 1, 2, 3
+NODE_BASE = 4
+
+
+@dataclass(frozen=True)
+class KHop(Task):
+    """``(EDGE from to) × nodes, QUERY start, HOP × hops``; the target at the i-th HOP is the node i arrows
+    on.
+
+    The arrows form one cycle through all nodes, so all nodes on the way are different and no shorter way
+    gives the answer. Each HOP asks one arrow more than the one before it; the answers are not in the input,
+    so the i-th needs i lookups one after another. Number of hops is written in unary, so that more hops than
+    trained on need no token that training has not seen.
+
+    Attributes:
+        hops: arrows to follow, from 1 to ``nodes - 1``, or an inclusive range.
+        nodes: nodes and arrows in the context, at least 2.
+    """
+
+    hops: Level = 4
+    nodes: int = 12
+    difficulty = "hops"
+
+    def __post_init__(self) -> None:
+        check_integer("nodes", self.nodes, 2)
+        super().__post_init__()
+
+    @property
+    def vocab_size(self) -> int:
+        """V: 1 + the greatest token."""
+        return NODE_BASE + self.nodes
+
+    @property
+    def bounds(self) -> tuple[int, int | None]:
+        """Smallest and largest ``hops``."""
+        return 1, self.nodes - 1
+
+    def width(self, level: int) -> int:
+        """S of a batch whose greatest ``hops`` is ``level``."""
+        return 3 * self.nodes + 2 + level
+
+    def _draw(self, levels: Tensor, width: int, generator: torch.Generator) -> Batch:
+        rows, device = len(levels), levels.device
+        cycle = _permutations(rows, self.nodes, generator) + NODE_BASE
+        order = _permutations(rows, self.nodes, generator)
+        sources = cycle.gather(1, order)
+        destinations = cycle.roll(-1, dims=1).gather(1, order)
+        edges = torch.stack([torch.full_like(sources, EDGE), sources, destinations], dim=2).flatten(1)
+
+        most = width - self.width(0)
+        beyond = torch.arange(most, device=device) >= levels[:, None]
+        hops = torch.full((rows, most), HOP, device=device).masked_fill(beyond, PAD)
+        ids = torch.cat([edges, torch.full((rows, 1), QUERY, device=device), cycle[:, :1], hops], dim=1)
+        targets = torch.full_like(ids, IGNORE_INDEX)
+        targets[:, -most:] = cycle[:, 1 : most + 1].masked_fill(beyond, IGNORE_INDEX)
+        return Batch(ids, targets)
+
+
+def _permutations(rows: int, n: int, generator: torch.Generator) -> Tensor:
+    """(rows, n) long: a uniform permutation of 0 … n-1 in each row."""
+    return torch.rand(rows, n, generator=generator, device=generator.device, dtype=torch.float64).argsort(
+        dim=1
+    )

@@ -1,0 +1,1 @@
+"""Training: data, objective, optimiser, parallelism, checkpoints. Import the submodule you need."""
