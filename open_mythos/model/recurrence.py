@@ -128,7 +128,7 @@ class LoRAAdapter(nn.Module):
         super().__init__()
         self.down = nn.Linear(dim, rank, bias=False)
         self.B = nn.Parameter(torch.zeros(rank, dim))
-        self.scale = nn.Embedding(max_loops, rank)
+        self.scale = nn.Embedding.from_pretrained(torch.ones(max_loops, rank), freeze=False)
 
     def forward(self, x: Tensor, loop_t: int | Tensor) -> Tensor:
         """(B, S, D), loop index → (B, S, D)."""

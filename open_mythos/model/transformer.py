@@ -105,7 +105,7 @@ class OpenMythos(nn.Module):
         if not isinstance(cfg, MythosConfig):
             raise TypeError(f"cfg must be a MythosConfig, got {type(cfg).__name__}")
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.dim), freeze=False)
         self.prelude_layers = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
         self.input_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.input_norm else nn.Identity()
         self.recurrent = RecurrentBlock(cfg)
@@ -296,7 +296,9 @@ class OpenMythos(nn.Module):
         return generate(self, input_ids, *args, **kwargs)
 
     def reset_parameters(self) -> None:
-        """Draw fresh initial weights from torch's default generator, as ``cfg.init`` says."""
+        """Draw fresh initial weights from torch's default generator, as ``cfg.init`` says; none on ``meta``."""
+        if self.embed.weight.is_meta:  # nothing to draw, and torch's first normal_ there loads its compiler
+            return
         scaled = self.cfg.init == "scaled"
         for module in self.modules():
             if isinstance(module, nn.Linear):
