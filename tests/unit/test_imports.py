@@ -36,7 +36,7 @@ TABLE = {
     "weights": Row("config model", "numpy safetensors torch"),
     "tasks": Row("config", "torch"),
     "training": Row(
-        "config model tasks tokenizer weights", "datasets numpy rich safetensors tomli torch torchdata"
+        "config model tasks tokenizer variants weights", "datasets numpy rich safetensors tomli torch torchdata"
     ),
     "inference": Row("config model tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks weights", "matplotlib numpy torch"),
