@@ -1,0 +1,109 @@
+"""Quality against loops: one model, the same held-out rows, every loop count asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.config import ConfigError
+from open_mythos.model import OpenMythos
+from open_mythos.tasks.base import IGNORE_INDEX
+from open_mythos.training.config import RunConfig
+from open_mythos.training.sources import evaluation_batches
+
+__all__ = ["sweep"]
+
+# What one step of a task's difficulty is called.
+_UNITS = {"parity": "bits"}
+
+Tell = Callable[[str], None]
+
+
+def sweep(
+    model: OpenMythos,
+    config: RunConfig,
+    run: Mapping[str, Any],
+    loops: Sequence[int] | None = None,
+    tell: Tell | None = None,
+) -> dict[str, Any]:
+    """Evaluate the test split at each loop count.
+
+    A task is scored by the share of right answers, and once more at every difficulty in ``eval.levels``. Text
+    is scored in bits per byte: mean cross entropy in nats over ln 2, the end mark of a document counted as a
+    byte. The model runs as it would in use, halting included.
+
+    Args:
+        model: the trained model; its mode is left as it was.
+        config: the run's config.
+        run: the run's run.json, for the loops that it was trained with.
+        loops: loop counts; ``eval.loops`` when None.
+        tell: called with a short phrase before each split.
+
+    Returns:
+        What eval.json holds: task, metric, loops, trained_mean, trained_max, splits: name → loops and values.
+
+    Raises:
+        ConfigError: a loop count is not allowed, or the data is not there.
+    """
+    chosen = list(config.eval.loops if loops is None else loops)
+    for count in chosen:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigError(f"loops = {count!r} is not allowed: each must be a whole number of at least 1")
+    unit = _UNITS.get(config.data.source, "")
+    names: dict[str, int | None] = {"test": None}
+    if config.data.is_task:
+        unit = unit or config.data.task().difficulty
+        names |= {f"test@{level} {unit}": level for level in config.eval.levels}
+    score = _accuracy if config.data.is_task else _bits
+    splits: dict[str, Any] = {}
+    training = model.training
+    model.eval()
+    try:
+        for name, level in names.items():
+            if tell is not None:
+                tell(name)
+            batches = list(evaluation_batches(config, "test", level))
+            splits[name] = {"loops": chosen, "values": [score(model, batches, count) for count in chosen]}
+    finally:
+        model.train(training)
+    return {
+        "task": config.data.source if config.data.is_task else _text_name(config.data.source),
+        "metric": "accuracy" if config.data.is_task else "bits_per_byte",
+        "loops": chosen,
+        "trained_mean": run["loops"]["mean"],
+        "trained_max": run["loops"]["max"],
+        "splits": splits,
+    }
+
+
+def _text_name(source: str) -> str:
+    """The source without the place where it stands on this machine."""
+    return "python" if source == "python" else Path(source).name
+
+
+@torch.inference_mode()
+def _accuracy(model: OpenMythos, batches: Sequence[Mapping[str, Tensor]], n_loops: int) -> float:
+    right = scored = 0
+    for batch in batches:
+        asked = batch["targets"] != IGNORE_INDEX
+        answers = model(batch["ids"], n_loops, document_ids=batch.get("document_ids")).argmax(-1)
+        right += int(((answers == batch["targets"]) & asked).sum())
+        scored += int(asked.sum())
+    return right / scored
+
+
+@torch.inference_mode()
+def _bits(model: OpenMythos, batches: Sequence[Mapping[str, Tensor]], n_loops: int) -> float:
+    nats, scored = 0.0, 0
+    for batch in batches:
+        targets = batch["targets"].flatten()
+        logits = model(batch["ids"], n_loops, document_ids=batch.get("document_ids")).flatten(0, 1).float()
+        nats += float(F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum"))
+        scored += int((targets != IGNORE_INDEX).sum())
+    return nats / scored / math.log(2)
