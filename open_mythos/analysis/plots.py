@@ -1,27 +1,37 @@
 """Pictures, drawn from records only: no model is read here, so a picture can always be drawn again.
 
-One look for all of them: the colours of Okabe and Ito, which people who see colour differently can tell
-apart, and viridis where colour is a scale. Every function returns a matplotlib Figure; :func:`to_svg` and
-:func:`to_png` write it down, with the same bytes each time.
+Every function returns a matplotlib Figure; :func:`to_svg` and :func:`to_png` write it down, with the same
+bytes each time.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
-try:
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-except ImportError as error:  # pragma: no cover - tested in a subprocess
-    raise ImportError(
-        "pictures need matplotlib, which is not installed: pip install open-mythos[report]"
-    ) from error
+from open_mythos.analysis.style import (
+    COLOURS,
+    INK,
+    NARROW,
+    SCALE,
+    SHADE,
+    Figure,
+    above,
+    cells,
+    colour_bar,
+    drawable,
+    level,
+    linear_ticks,
+    loop_ticks,
+    mpl,
+    new_figure,
+    styled,
+    ticker,
+    to_png,
+    to_svg,
+    token_axis,
+)
 
 __all__ = [
     "answers",
@@ -39,80 +49,8 @@ __all__ = [
 
 Record = dict[str, Any]
 
-INK, QUIET, SHADE = "#1f2933", "#5b6873", "#eef1f4"
-# Okabe and Ito (2008), strongest contrast on white first; yellow is left out.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-SCALE = "viridis"
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9.0,
-    "axes.labelsize": 9.5,
-    "axes.edgecolor": "#8b97a3",
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e4e8ec",
-    "grid.linewidth": 0.8,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "text.color": INK,
-    "lines.linewidth": 1.9,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.dpi": 100,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "open-mythos",
-}
-NARROW, WIDE = (5.6, 3.5), (11.6, 3.6)
 
-
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in our style, whatever the caller's matplotlib settings are, and leave those as they were."""
-
-    @wraps(draw)
-    def styled(*args: Any, **kwargs: Any) -> Figure:
-        with mpl.rc_context():
-            mpl.rcdefaults()
-            mpl.rcParams.update(_STYLE)
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-def _figure(size: tuple[float, float]) -> tuple[Figure, Any]:
-    figure = Figure(figsize=size)
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def to_svg(figure: Figure) -> str:
-    """The figure as one SVG element without an XML header; text is drawn as outlines, so it needs no font."""
-    with mpl.rc_context(_STYLE), io.StringIO() as buffer:
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def to_png(figure: Figure, dpi: int = 100) -> bytes:
-    """The figure as a PNG."""
-    with mpl.rc_context(_STYLE), io.BytesIO() as buffer:
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-        return buffer.getvalue()
-
-
-@_styled
+@styled
 def loss(metrics: Sequence[Record], *, chance: float | None = None) -> Figure:
     """Training loss over steps: every logged step faint, their running mean strong.
 
@@ -122,12 +60,12 @@ def loss(metrics: Sequence[Record], *, chance: float | None = None) -> Figure:
     """
     _need("metrics", metrics)
     steps, values = [m["step"] for m in metrics], [float(m["loss"]) for m in metrics]
-    figure, ax = _figure(NARROW)
+    figure, ax = new_figure(NARROW)
     window = max(1, len(values) // 25)
     ax.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=1)
     ax.plot(steps, _running_mean(values, window), color=COLOURS[0])
     if chance is not None:
-        _level(ax, chance, "guessing")
+        level(ax, chance, "guessing")
     first, last = values[0], sum(values[-window:]) / window
     ax.set_title(f"Training loss: {first:.2f} → {last:.2f} nats per token")
     ax.set_xlabel("training step")
@@ -136,7 +74,7 @@ def loss(metrics: Sequence[Record], *, chance: float | None = None) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def quality(evaluation: Record, *, title: str | None = None) -> Figure:
     """Quality against loops, one line per split; the loop counts seen in training are shaded.
 
@@ -147,7 +85,7 @@ def quality(evaluation: Record, *, title: str | None = None) -> Figure:
     splits = evaluation["splits"]
     _need("splits", splits)
     share = evaluation["metric"] == "accuracy"
-    figure, ax = _figure((5.6, 3.9))
+    figure, ax = new_figure((5.6, 3.9))
     every = sorted({n for split in splits.values() for n in split["loops"]})
     ax.set_xscale("log", base=2)
     low, high = every[0] / 1.15, every[-1] * 1.15
@@ -159,7 +97,7 @@ def quality(evaluation: Record, *, title: str | None = None) -> Figure:
             (most, high, "never trained"),
         ):
             if start < end:
-                _above(ax, math.sqrt(start * end), words)
+                above(ax, math.sqrt(start * end), words)
     mean = evaluation.get("trained_mean")
     if mean is not None and low <= mean <= high:
         ax.axvline(
@@ -174,14 +112,14 @@ def quality(evaluation: Record, *, title: str | None = None) -> Figure:
             label=name,
         )
     ax.set_xlim(low, high)
-    ticks = _loop_ticks(every)
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ticks = loop_ticks(every)
+    ax.xaxis.set_major_locator(ticker.FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     ax.set_xlabel("loops at test time")
     if share:
         ax.set_ylabel("answers right")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
+        ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{100 * x:g} %"))
         ax.set_ylim(top=1.02)
     else:
         ax.set_ylabel("bits per byte (lower is better)")
@@ -190,7 +128,7 @@ def quality(evaluation: Record, *, title: str | None = None) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def answers(record: Record) -> Figure:
     """Share of right answers at each position and loop count: how far along the sequence it gets.
 
@@ -199,10 +137,10 @@ def answers(record: Record) -> Figure:
     """
     loops, right = record["loops"], record["right"]
     _need("loops", loops)
-    figure, ax = _figure((5.6, 3.9))
+    figure, ax = new_figure((5.6, 3.9))
     image = ax.imshow(right, aspect="auto", cmap=SCALE, vmin=min(0.5, _least(right)), vmax=1, origin="lower")
     ax.set_yticks(range(len(loops)), [str(n) for n in loops])
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     count = len(record["positions"])
     shown = sorted({0, *range(7, count, 8), count - 1}) if count > 12 else list(range(count))
     if len(shown) > 2 and shown[-1] - shown[-2] < 3:
@@ -212,11 +150,11 @@ def answers(record: Record) -> Figure:
     ax.set_xlabel("position in the sequence")
     ax.set_ylabel("loops at test time")
     ax.set_title(f"Right answers by position ({record['split']})")
-    _bar(figure, image, ax, "answers right", percent=True)
+    colour_bar(figure, image, ax, "answers right", percent=True)
     return figure
 
 
-@_styled
+@styled
 def halting(record: Record) -> Figure:
     """Probability of having halted, tokens against loops; a dot marks the loop that each token selects.
 
@@ -228,16 +166,16 @@ def halting(record: Record) -> Figure:
     stopped = _cumulative(record["halting"])
     labels, loops = record["labels"], record["n_loops"]
     chosen = record.get("mode", "select") == "select"
-    figure, ax = _figure((11.6, max(3.1, 0.17 * loops + 1.5)))
+    figure, ax = new_figure((11.6, max(3.1, 0.17 * loops + 1.5)))
     image = ax.imshow(
-        stopped, aspect="auto", cmap=SCALE, vmin=0, vmax=1, extent=_cells(len(labels), loops), origin="lower"
+        stopped, aspect="auto", cmap=SCALE, vmin=0, vmax=1, extent=cells(len(labels), loops), origin="lower"
     )
     ax.scatter(
         range(len(labels)), record["selected"], s=30, facecolor="white", edgecolor=INK, linewidth=1, zorder=3,
         label="loop whose state the coda reads" if chosen else "loop with the largest weight",
     )  # fmt: skip
-    _token_axis(ax, labels)
-    ax.yaxis.set_major_locator(FixedLocator(_linear_ticks(loops)))
+    token_axis(ax, labels)
+    ax.yaxis.set_major_locator(ticker.FixedLocator(linear_ticks(loops)))
     ax.set_ylim(0.5, loops + 0.5)
     ax.set_ylabel("loop")
     ax.set_xlabel("token")
@@ -245,11 +183,11 @@ def halting(record: Record) -> Figure:
     verb = "the coda reads loop" if chosen else "the heaviest loop is"
     ax.set_title(f"Halting: {verb} {mean:.1f} of {loops} on average", pad=24)
     ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), borderaxespad=0, handletextpad=0.3)
-    _bar(figure, image, ax, "probability of having halted", percent=True)
+    colour_bar(figure, image, ax, "probability of having halted", percent=True)
     return figure
 
 
-@_styled
+@styled
 def experts(record: Record) -> Figure:
     """Share of the token slots that each expert took, loop by loop, around the fair share.
 
@@ -262,7 +200,7 @@ def experts(record: Record) -> Figure:
     fair = 1 / count
     total = [sum(row[e] for row in loads) for e in range(count)]
     least, most = (f"{100 * f(total) / max(sum(total), 1):.0f} %" for f in (min, max))
-    figure, ax = _figure(NARROW)
+    figure, ax = new_figure(NARROW)
     if count <= 6:
         _stacked(ax, shares, fair)
     else:
@@ -272,12 +210,12 @@ def experts(record: Record) -> Figure:
             columns, aspect="auto", cmap=SCALE, vmin=0, vmax=top, extent=(0.5, loops + 0.5, count - 0.5, -0.5)
         )
         ax.grid(False)
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         ax.set_ylabel("expert")
-        bar = _bar(figure, image, ax, "share of slots", percent=True)
+        bar = colour_bar(figure, image, ax, "share of slots", percent=True)
         bar.ax.axhline(fair, color="white", linewidth=2)
         bar.ax.text(-0.35, fair, "fair", ha="right", va="center", fontsize=8.5)
-    ax.xaxis.set_major_locator(FixedLocator(_linear_ticks(loops)))
+    ax.xaxis.set_major_locator(ticker.FixedLocator(linear_ticks(loops)))
     ax.set_xlabel("loop")
     ax.set_title(f"Expert use: each took {least} to {most} of the slots")
     return figure
@@ -300,7 +238,7 @@ def _stacked(ax: Any, shares: list[list[float]], fair: float) -> None:
     ax.set_xlim(0.4, loops + 0.6)
     ax.grid(False)
     ax.set_ylabel("share of the slots")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+    ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     handles, names = ax.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda i: names[i], reverse=True)
     ax.legend(
@@ -308,16 +246,14 @@ def _stacked(ax: Any, shares: list[list[float]], fair: float) -> None:
     )
 
 
-@_styled
+@styled
 def motion(record: Record) -> Figure:
     """Length of the state, and how far each loop moves it: medians over tokens, with the 10 to 90 % band.
 
     Args:
         record: of :meth:`Trace.to_record`.
     """
-    figure = Figure(figsize=NARROW)
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure, (upper, lower) = new_figure(NARROW, rows=2)
     x = list(range(1, record["n_loops"] + 1))
     for ax, key, colour in ((upper, "norms", COLOURS[0]), (lower, "change", COLOURS[1])):
         band = record[key]
@@ -327,24 +263,26 @@ def motion(record: Record) -> Figure:
     upper.set_ylim(bottom=0)
     lower.set_ylabel("change ‖Δh‖ / ‖h‖")
     lower.set_yscale("log")
-    lower.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-    lower.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if _least([band["p10"]]) > 0.01 else (1,)))
-    lower.yaxis.set_minor_locator(NullLocator())
+    lower.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+    lower.yaxis.set_major_locator(
+        ticker.LogLocator(10, subs=(1, 2, 5) if _least([band["p10"]]) > 0.01 else (1,))
+    )
+    lower.yaxis.set_minor_locator(ticker.NullLocator())
     lower.set_xlabel("loop")
-    lower.xaxis.set_major_locator(FixedLocator(_linear_ticks(len(x))))
+    lower.xaxis.set_major_locator(ticker.FixedLocator(linear_ticks(len(x))))
     final = record["change"]["median"][-1]
     upper.set_title(f"The state: the last loop still moves it by {100 * final:.2g} %")
     return figure
 
 
-@_styled
+@styled
 def latent(record: Record) -> Figure:
     """The way of some tokens' states through the plane of most movement; colour is the loop.
 
     Args:
         record: of :func:`latent_path`, with ``labels`` for its tokens.
     """
-    figure, ax = _figure((5.6, 4.2))
+    figure, ax = new_figure((5.6, 4.2))
     loops = record["n_loops"]
     colours = mpl.colormaps[SCALE].resampled(256)
     norm = mpl.colors.Normalize(1, max(loops, 2))
@@ -366,7 +304,9 @@ def latent(record: Record) -> Figure:
     ax.set_xlabel(f"first principal axis ({first})")
     ax.set_ylabel(f"second axis ({second})")
     ax.set_title(f"Where {len(labels)} tokens go in {loops} loops")
-    _bar(figure, mpl.cm.ScalarMappable(norm, colours), ax, "loop").locator = MaxNLocator(integer=True)
+    colour_bar(figure, mpl.cm.ScalarMappable(norm, colours), ax, "loop").locator = ticker.MaxNLocator(
+        integer=True
+    )
     _name_points(figure, ax, [points[-1] for points in record["points"]], labels)
     return figure
 
@@ -392,13 +332,13 @@ def _name_points(figure: Figure, ax: Any, points: Sequence[Sequence[float]], nam
                 break
         taken.append(box)
         ax.annotate(
-            _drawable(name), point, textcoords="offset points", xytext=(dx * 0.72, dy * 0.72),
+            drawable(name), point, textcoords="offset points", xytext=(dx * 0.72, dy * 0.72),
             fontsize=8.5, zorder=5,
             bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "alpha": 0.7, "linewidth": 0},
         )  # fmt: skip
 
 
-@_styled
+@styled
 def spectral(metrics: Sequence[Record]) -> Figure:
     """ρ(A), the slowest decay of the injected recurrence, over training; stable below one.
 
@@ -407,9 +347,9 @@ def spectral(metrics: Sequence[Record]) -> Figure:
     """
     _need("metrics", metrics)
     values = [float(m["rho"]) for m in metrics]
-    figure, ax = _figure(NARROW)
+    figure, ax = new_figure(NARROW)
     ax.plot([m["step"] for m in metrics], values, color=COLOURS[2])
-    _level(ax, 1.0, "stable below 1", above=False)
+    level(ax, 1.0, "stable below 1", over=False)
     low = min(values)
     ax.set_ylim(max(0.0, low - 0.3 * (1 - low) - 0.02), 1 + 0.06 * (1.02 - low))
     ax.set_xlabel("training step")
@@ -419,14 +359,14 @@ def spectral(metrics: Sequence[Record]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def footprint(record: Record) -> Figure:
     """Bytes of the key/value cache: MLA and GQA, keeping every loop or the last one only.
 
     Args:
         record: of :func:`kv_footprint`.
     """
-    figure, ax = _figure((5.6, 2.9))
+    figure, ax = new_figure((5.6, 2.9))
     names = {"EveryLoop": "every loop kept", "LastLoop": "last loop only"}
     bars = record["bars"]
     per_token = [bar["bytes"] / record["tokens"] / 1024 for bar in bars]
@@ -470,66 +410,6 @@ def _cumulative(halting: list[list[float]]) -> list[list[float]]:
         alive = [a * (1 - p) for a, p in zip(alive, row, strict=True)]
         rows.append([1 - a for a in alive])
     return rows
-
-
-def _above(ax: Any, x: float, words: str) -> None:
-    """A quiet label just above the axes, at a data x."""
-    place = ax.get_xaxis_transform()
-    ax.text(x, 1.012, words, transform=place, ha="center", va="bottom", fontsize=8.5, color=QUIET)
-
-
-def _level(ax: Any, value: float, label: str, above: bool = True) -> None:
-    """A dashed line at a data y, with its name at the right end."""
-    ax.axhline(value, color="#8b97a3", linestyle=(0, (4, 3)), linewidth=1.2)
-    ax.annotate(
-        label, (1.0, value), xycoords=("axes fraction", "data"), textcoords="offset points",
-        xytext=(-2, 4 if above else -4), ha="right", va="bottom" if above else "top",
-        fontsize=8.5, color=QUIET,
-    )  # fmt: skip
-
-
-def _bar(figure: Figure, image: Any, ax: Any, label: str, percent: bool = False) -> Any:
-    bar = figure.colorbar(image, ax=ax, pad=0.015, aspect=25)
-    bar.set_label(label)
-    bar.outline.set_visible(False)
-    if percent:
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-    return bar
-
-
-def _loop_ticks(loops: Sequence[int]) -> list[int]:
-    """Ticks of a logarithmic axis of loops: all of a few, else powers of two and the last."""
-    few = list(loops)
-    if len(few) <= 8:
-        return few
-    powers = [2**i for i in range(few[-1].bit_length()) if few[0] <= 2**i <= few[-1]]
-    return powers if few[-1] < 1.5 * powers[-1] else [*powers, few[-1]]
-
-
-def _linear_ticks(loops: int) -> list[int]:
-    """Ticks of a linear axis of loops: the first, and at most six multiples of a power of two."""
-    step = 1
-    while loops / step > 6:
-        step *= 2
-    return sorted({1, *range(step, loops + 1, step)}) if step != 2 else list(range(2, loops + 1, 2))
-
-
-def _cells(width: int, loops: int) -> tuple[float, float, float, float]:
-    return (-0.5, width - 0.5, 0.5, loops + 0.5)
-
-
-def _token_axis(ax: Any, labels: Sequence[str]) -> None:
-    ax.grid(False)
-    wide = max((len(label) for label in labels), default=1) > 1 and len(labels) > 24
-    ax.set_xticks(range(len(labels)), [_drawable(label) for label in labels], fontsize=8, family="monospace")
-    if wide and max(len(label) for label in labels) > 4:
-        ax.tick_params(axis="x", rotation=90)
-    ax.tick_params(axis="x", length=0, pad=3)
-
-
-def _drawable(label: str) -> str:
-    """Dollar signs escaped, between which matplotlib would set mathematics."""
-    return label.replace("$", r"\$")
 
 
 def _least(rows: Sequence[Sequence[float]]) -> float:
