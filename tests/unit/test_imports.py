@@ -39,7 +39,7 @@ TABLE = {
         "config model tasks tokenizer variants weights", "datasets numpy rich safetensors tomli torch torchdata"
     ),
     "inference": Row("config model tokenizer weights", "numpy torch"),
-    "analysis": Row("accounting config inference model tasks weights", "matplotlib numpy torch"),
+    "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),
     "__init__": Row("config inference model tokenizer training variants weights", "torch"),
     "cli": Row(
         "__init__ accounting analysis config inference kernels main model ops tasks tokenizer training "
