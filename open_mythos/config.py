@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -213,6 +214,7 @@ class MythosConfig:
         """
         if not isinstance(fields, dict):
             raise ConfigError(f"a config must be a JSON object of fields, got {type(fields).__name__}")
+        _refuse_unknown(cls, fields)
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -330,7 +332,7 @@ def _refuse_unknown(cls: type, fields: dict[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     for name, value in fields.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; the fields are {', '.join(known)}"
             raise ConfigError(f"{name} = {value!r} is not allowed: MythosConfig has no such field{hint}")
 
@@ -342,8 +344,8 @@ def _check_value(name: str, value: Any, rule: _Int | _Float | _Choice | type) ->
         if isinstance(value, bool) or not isinstance(value, int) or value < rule.low:
             raise _error(name, value, f"{'None or ' if rule.optional else ''}a whole number of at least {rule.low}")
     elif isinstance(rule, _Float):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not (rule.low <= value <= rule.high):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (rule.low <= value <= rule.high) or not abs(value) <= sys.float_info.max:
             raise _error(name, value, str(rule))
         if (rule.open_low and value == rule.low) or (rule.open_high and value == rule.high):
             raise _error(name, value, str(rule))
