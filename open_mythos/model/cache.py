@@ -6,7 +6,7 @@ Shape letters: B batch, S new tokens, C context tokens (cached and new).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,17 @@ class Snapshot:
     length: int
 
 
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """What tensors of one slot share: all but the number of tokens."""
+    return tensor.dtype, tensor.shape[:1] + tensor.shape[2:]
+
+
+def _writable(buffer: Tensor, new: Tensor) -> bool:
+    """Whether new tokens can go into the buffer; one made under inference_mode cannot be written outside it."""
+    frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+    return not frozen and _layout(buffer) == _layout(new)
+
+
 class KVCache:
     """Keys and values of a batch of sequences, by slot; pass it to the model call after call.
 
@@ -80,6 +91,8 @@ class KVCache:
     def __init__(self, policy: LoopPolicy | None = None, capacity: int = 0) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
             raise CacheError(f"capacity = {capacity!r} is not allowed: it must be a whole number of at least 0")
+        if policy is not None and (isinstance(policy, type) or not hasattr(policy, "slot")):
+            raise CacheError(f"policy = {policy!r} is not allowed: it must be EveryLoop(), LastLoop() or None")
         self.policy: LoopPolicy = EveryLoop() if policy is None else policy
         self.entries: dict[str, Entry] = {}
         self.segments: Tensor | None = None
@@ -106,6 +119,8 @@ class KVCache:
             ) else []
             if not shapes or len(shapes) != len(entry) or len(set(shapes)) != 1:
                 raise CacheError(f"kv_cache[{slot!r}] is not a slot: it must be a dict of (B, C, ...) tensors")
+            if next(iter(entry.values())).shape[0] != cache.batch_size:
+                raise CacheError(f"kv_cache[{slot!r}] has another batch than the first slot, {cache.batch_size}")
             cache.length = max(cache.length, shapes[0])
         return cache
 
@@ -178,21 +193,23 @@ class KVCache:
 
     def _ensure(self, slot: str, new: Entry, past: int) -> None:
         """Buffers of the slot with room for the new tokens, the cached ones copied in."""
+        if past and self.entries[slot].keys() != new.keys():
+            held, brought = (" and ".join(names) for names in (self.entries[slot], new))
+            raise CacheError(f"the cache holds {held} in {slot}, but this model keeps {brought}: not its cache")
         for name, tensor in new.items():
             need = past + tensor.shape[1]
+            old = self.entries[slot][name][:, :past] if past else tensor[:, :0]
+            if _layout(old) != _layout(tensor):
+                raise CacheError(
+                    f"the cache holds {slot}/{name} as {old.dtype} of shape {tuple(old.shape)}, but this call "
+                    f"brings {tensor.dtype} of {tuple(tensor.shape)}: dtype, batch and widths must be equal"
+                )
             buffer = self._buffers.get(slot, {}).get(name)
-            if buffer is not None and buffer.shape[1] >= need and not self._exact:
+            if buffer is not None and buffer.shape[1] >= need and not self._exact and _writable(buffer, tensor):
                 continue
             room = need if self._exact else max(need, self._capacity, past + past // 2)
             grown = tensor.new_empty((tensor.shape[0], room, *tensor.shape[2:]))
-            if past:
-                old = self.entries[slot][name][:, :past]
-                if old.shape[:1] + old.shape[2:] != tensor.shape[:1] + tensor.shape[2:]:
-                    raise CacheError(
-                        f"the cache holds {slot}/{name} of shape {tuple(old.shape)}, but this call brings "
-                        f"{tuple(tensor.shape)}: batch and widths must be equal"
-                    )
-                grown[:, :past] = old
+            grown[:, :past] = old
             self._buffers.setdefault(slot, {})[name] = grown
 
     def commit(self, n_tokens: int, segments: Tensor | None, packed: bool = False) -> None:
@@ -232,7 +249,15 @@ class KVCache:
 
         Args:
             rows: (B',) int64 row indices.
+
+        Raises:
+            CacheError: ``rows`` is something else, or (read only on the CPU) names a row that is not there.
         """
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
+            raise CacheError(f"rows = {rows!r} is not allowed: it must be a 1-D tensor of row numbers")
+        batch = self.batch_size or 0
+        if rows.device.type == "cpu" and not bool(((rows >= 0) & (rows < batch)).all()):
+            raise CacheError(f"rows = {rows.tolist()} is not allowed: each must be 0 to {batch - 1}")
         for slot, entry in self.entries.items():
             self.entries[slot] = {name: tensor.index_select(0, rows) for name, tensor in entry.items()}
         self._buffers.clear()
@@ -247,6 +272,8 @@ class KVCache:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Back to a snapshot, which can be restored again."""
+        if not isinstance(snapshot, Snapshot):
+            raise CacheError(f"snapshot must be what snapshot() returned, got {type(snapshot).__name__}")
         self._buffers.clear()
         self.entries.clear()
         for slot, entry in snapshot.entries.items():
