@@ -160,7 +160,8 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    # The likeliest token at zero: a small temperature then gives -inf for the others, and no inf - inf.
+    logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
     if top_k and top_k < logits.shape[-1]:
         lowest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -math.inf)
@@ -198,7 +199,9 @@ def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[
     if not isinstance(prompts, Tensor):
         if mask is not None:
             raise ValueError("attention_mask is not allowed with a list of prompts: their lengths say what is padding")
-        return _pad_left(prompts, device)
+        ids, mask = _pad_left(prompts, device)
+        _check_range(ids, model.cfg.vocab_size)
+        return ids, mask
     if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"input_ids must be int64 or int32 of shape (B, S), got {prompts.dtype} of shape {tuple(prompts.shape)}"
@@ -206,10 +209,7 @@ def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[
     ids = prompts.to(device, torch.int64)
     if ids.numel() == 0:
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}: every prompt must hold at least one token")
-    low, high = (int(x) for x in torch.aminmax(ids))
-    if low < 0 or high >= model.cfg.vocab_size:
-        bad = low if low < 0 else high
-        raise ValueError(f"input_ids contains {bad}: it must be 0 to vocab_size - 1 ({model.cfg.vocab_size - 1})")
+    _check_range(ids, model.cfg.vocab_size)
     if mask is None:
         return ids, None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
@@ -222,13 +222,32 @@ def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[
     return ids, None if bool(mask.all()) else mask
 
 
+def _check_range(ids: Tensor, vocab_size: int) -> None:
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"input_ids contains {bad}: it must be 0 to vocab_size - 1 ({vocab_size - 1})")
+
+
+def _check_prompt(i: int, prompt: object) -> None:
+    if isinstance(prompt, Tensor):
+        fits = prompt.dim() == 1 and prompt.dtype in (torch.int64, torch.int32)
+    else:
+        fits = isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt)
+    if not fits:
+        raise ValueError(f"input_ids[{i}] = {prompt!r} is not allowed: a prompt must be a list of ids or a 1-D tensor")
+    if len(prompt) == 0:  # type: ignore[arg-type]
+        raise ValueError(f"input_ids[{i}] is empty: every prompt must hold at least one token")
+
+
 def _pad_left(prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device).flatten() for prompt in prompts]
-    if not rows:
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"input_ids must be a tensor of ids or a list of prompts, got {type(prompts).__name__}")
+    if not prompts:
         raise ValueError("input_ids is an empty list: give at least one prompt")
-    for i, row in enumerate(rows):
-        if row.numel() == 0:
-            raise ValueError(f"input_ids[{i}] is empty: every prompt must hold at least one token")
+    for i, prompt in enumerate(prompts):
+        _check_prompt(i, prompt)
+    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
     width = max(row.numel() for row in rows)
     ids = torch.zeros((len(rows), width), dtype=torch.int64, device=device)
     mask = torch.zeros((len(rows), width), dtype=torch.bool, device=device)
