@@ -234,6 +234,18 @@ def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+class _ContiguousGrad(torch.autograd.Function):
+    """Identity; ``grouped_mm`` cannot take an expanded gradient, such as that of a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """:func:`grouped_linear_reference` as one grouped matrix product where this build and device have it.
 
@@ -241,5 +253,6 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     the host once a call.
     """
     if _grouped_mm_serves(x, weight):
-        return F.grouped_mm(x.contiguous(), weight, offs=counts.cumsum(0).to(torch.int32))
+        out = F.grouped_mm(x.contiguous(), weight, offs=counts.cumsum(0).to(torch.int32))
+        return _ContiguousGrad.apply(out)
     return grouped_linear_reference(x, weight, counts)
