@@ -18,6 +18,10 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__(dim, eps=eps)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) → (…, D), in x's dtype: under autocast the fused operator refuses a wider weight."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
 
 def rope_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rotation angles as (cos, sin) for each position (arXiv 2104.09864), real-valued.
