@@ -114,6 +114,11 @@ class OpenMythos(nn.Module):
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
+        # Never asked then, so it would never get the gradient that DDP waits for.
+        self.recurrent.act.requires_grad_(cfg.halting != "off")
+        # DDP would overwrite every rank's counts with rank 0's before they are summed.
+        loads = [name for name, _ in self.named_buffers() if name.endswith("expert_load")]
+        self._ddp_params_and_buffers_to_ignore = loads
         self.reset_parameters()
 
     # The three ways in.
@@ -158,7 +163,7 @@ class OpenMythos(nn.Module):
         back, to tell that the state has settled; see :func:`~open_mythos.model.recurrence.convergence_loss`.
         """
         loops = list(loops)
-        if self.cfg.halting == "off":
+        if self.cfg.halting == "off" or not loops:
             for t in loops:
                 h = self.step(h, e, t, ctx)
             return h
@@ -210,6 +215,8 @@ class OpenMythos(nn.Module):
         n_loops = self.cfg.max_loop_iters if n_loops is None else n_loops
         _check_loops(n_loops)
         _check_ids(input_ids, self.cfg.vocab_size)
+        if not isinstance(kv_cache, (KVCache, dict, type(None))):
+            raise CacheError(f"kv_cache must be a KVCache, a dict or None, got {type(kv_cache).__name__}")
         cache = KVCache.wrap(kv_cache) if isinstance(kv_cache, dict) else kv_cache
         if isinstance(kv_cache, dict) and (attention_mask is not None or document_ids is not None):
             raise CacheError("a plain dict keeps no padding or document marks: pass kv_cache=KVCache() with a mask")
@@ -374,6 +381,10 @@ def _segments(
             raise ValueError(f"{name} must have the shape of input_ids, {tuple(shape)}, got {got}")
     if document_ids is not None and (document_ids.is_floating_point() or document_ids.dtype == torch.bool):
         raise ValueError(f"document_ids must be whole numbers, got {document_ids.dtype}")
+    if document_ids is not None and document_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest = int(document_ids.min())
+        if lowest < 0:
+            raise ValueError(f"document_ids contains {lowest}: it must be at least 0; mark padding in attention_mask")
     before = None if cache is None else cache.segments
     if cache is not None and cache.packed and document_ids is None:
         raise CacheError("the cache holds packed documents: pass document_ids, which say what the new tokens continue")
