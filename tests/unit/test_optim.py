@@ -1,0 +1,112 @@
+"""Which parameters decay, the learning rate of each step, clipping."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from open_mythos.config import MythosConfig
+from open_mythos.model import OpenMythos
+from open_mythos.training.config import OptimConfig
+from open_mythos.training.optim import Schedule, adamw, clip_gradients, parameter_groups, set_lr
+
+
+def model(**changes: object) -> OpenMythos:
+    fields = dict(  # noqa: C408
+        vocab_size=9, dim=16, n_heads=2, prelude_layers=1, coda_layers=1, n_experts=4, n_experts_per_tok=2,
+        expert_dim=8, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
+        lora_rank=2, max_loop_iters=4, max_seq_len=16,
+    )  # fmt: skip
+    return OpenMythos(MythosConfig(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{}, {"attn_type": "gqa", "n_kv_heads": 1}, {"tie_embeddings": False}])
+def test_matrices_decay_and_the_rest_does_not(changes: dict[str, object]):
+    net = model(**changes)
+    decayed, plain = parameter_groups(net, 0.1)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in net.named_parameters()}
+    heavy = {names[id(p)] for p in decayed["params"]}
+    light = {names[id(p)] for p in plain["params"]}
+    assert heavy | light == set(names.values())
+    assert not heavy & light
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    for name in ("log_A", "log_dt", "B"):
+        assert f"recurrent.injection.{name}" in light
+    assert {"embed.weight", "recurrent.lora.scale.weight", "recurrent.act.halt.bias", "norm.weight"} <= light
+    assert {"recurrent.block.ffn.w_in", "recurrent.block.ffn.router.weight", "recurrent.lora.B"} <= heavy
+    assert ("head.weight" in heavy) == (not net.cfg.tie_embeddings)
+
+
+def test_decay_shrinks_matrices_alone():
+    net = model()
+    optimizer = adamw(net, OptimConfig(lr=0.5, weight_decay=0.1))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    heavy = {id(p) for p in optimizer.param_groups[0]["params"]}
+    for name, p in net.named_parameters():
+        factor = 1 - 0.5 * 0.1 if id(p) in heavy else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor, msg=name)
+
+
+def test_adamw_is_the_textbook_update():
+    net = model()
+    cfg = OptimConfig(lr=0.01, weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6)
+    optimizer = adamw(net, cfg)
+    p = net.recurrent.block.ffn.w_in
+    expected, m, v = p.detach().double(), 0.0, 0.0
+    for step, lr in enumerate((0.01, 0.02), start=1):
+        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        p.grad = grad.clone()
+        set_lr(optimizer, lr)
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * grad.double(), 0.9 * v + 0.1 * grad.double() ** 2
+        update = (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-6)
+        expected = expected * (1 - lr * 0.1) - lr * update
+    torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_warmup_is_linear_and_reaches_the_peak(kind: str):
+    schedule = Schedule(OptimConfig(lr=2.0, schedule=kind, warmup=4, floor=0.1), steps=20)
+    assert [schedule(step) for step in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    later = [schedule(step) for step in range(4, 20)]
+    assert later == sorted(later, reverse=True)
+    assert schedule(19) == pytest.approx(2.0 if kind == "constant" else 0.2)
+
+
+def test_cosine_is_half_way_down_in_the_middle():
+    schedule = Schedule(OptimConfig(lr=1.0, warmup=0, floor=0.2), steps=10)
+    assert schedule(4) == pytest.approx(0.6)
+    assert schedule(0) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 10)))
+
+
+def test_wsd_holds_and_then_falls_linearly():
+    schedule = Schedule(OptimConfig(lr=1.0, schedule="wsd", warmup=2, decay=0.4, floor=0.0), steps=10)
+    assert [schedule(step) for step in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_warmup_longer_than_the_run_never_passes_the_peak():
+    schedule = Schedule(OptimConfig(lr=1.0, warmup=100), steps=3)
+    assert [schedule(step) for step in range(3)] == pytest.approx([0.01, 0.02, 0.03])
+
+
+def test_clipping_scales_to_the_limit_and_reports_the_norm_before():
+    def gradients() -> list[torch.nn.Parameter]:
+        ps = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+        ps[0].grad, ps[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+        return ps
+
+    ps = gradients()
+    assert clip_gradients(ps, 1.0) == pytest.approx(5.0)
+    assert ps[0].grad.tolist() == pytest.approx([0.6, 0.0], rel=1e-4)
+    for limit in (0.0, 10.0):
+        ps = gradients()
+        assert clip_gradients(ps, limit) == pytest.approx(5.0)
+        assert ps[1].grad.tolist() == [4.0]
+    ps[0].grad[0] = math.nan
+    assert not math.isfinite(clip_gradients(ps, 1.0))
