@@ -30,7 +30,7 @@ from open_mythos.training.progress import Progress, Silent
 from open_mythos.training.sources import train_stream
 from open_mythos.weights import save_pretrained
 
-__all__ = ["RUN_FILES", "TrainingError", "build", "train"]
+__all__ = ["RUN_FILES", "TrainingError", "build", "cpu_threads", "train"]
 
 RUN_FILES = ("run.json", "metrics.jsonl", "eval.json", "model", "resume")
 
@@ -92,7 +92,7 @@ def train(
     """
     out = Path(out)
     _claim(out, config, resume, overwrite)
-    with _threads(config.train.threads):
+    with cpu_threads(config.train.threads):
         state, data_report = build(config)
         if resume:
             checkpoint.load_state(out / "resume", state)
@@ -289,7 +289,8 @@ def _version(package: str) -> str:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def cpu_threads(count: int) -> Iterator[None]:
+    """So many CPU threads inside, as before afterwards; 0 changes nothing."""
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)

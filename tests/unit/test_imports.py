@@ -36,13 +36,15 @@ TABLE = {
     "weights": Row("config model", "numpy safetensors torch"),
     "tasks": Row("config", "torch"),
     "training": Row(
-        "config model tasks tokenizer variants weights", "datasets numpy rich safetensors tomli torch torchdata"
+        "config model tasks tokenizer variants weights",
+        "datasets numpy rich safetensors tomli torch torchdata",
     ),
     "inference": Row("config model tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),
+    "demo": Row("config training", "rich"),
     "__init__": Row("config inference model tokenizer training variants weights", "torch"),
     "cli": Row(
-        "__init__ accounting analysis config inference kernels main model ops tasks tokenizer training "
+        "__init__ accounting analysis config demo inference kernels main model ops tasks tokenizer training "
         "variants weights",
         "numpy rich tomli torch typer",
     ),

@@ -1,0 +1,409 @@
+"""The command line: ``mythos train | generate | eval | inspect | report | demo``.
+
+Every command imports what it needs when it runs, so that help is fast and loads no torch. Exit codes: 0 it
+went well, 1 it failed, 2 it was asked wrongly, 130 it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from open_mythos.config import ConfigError, MythosConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Recurrent-depth transformers: encode once, loop one block as long as asked, decode once.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain help: rich's, with its Markdown parser, would take longer to import than half a second allows.
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# typer carries its own copy of click or imports it, depending on its release; both have this class.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command and exit with its code; errors are one line on standard error."""
+    args = sys.argv[1:] if argv is None else list(argv)
+    # Anywhere on the line, since it is wanted after a command has failed.
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        code = typer.main.get_command(app).main(args, prog_name="mythos", standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted", 130))
+    except typer.Abort:
+        sys.exit(_complain("interrupted", 130))
+    except _UsageError as error:
+        # Asked for nothing at all: the message is the help page.
+        sys.exit(_complain(error.format_message(), 2, type(error).__name__ != "NoArgsIsHelpError"))
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone; there is nobody to tell
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_complain(_describe(error), 2 if isinstance(error, ValueError) else 1))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str, code: int, prefix: bool = True) -> int:
+    print(f"mythos: error: {message}" if prefix else message, file=sys.stderr)
+    return code
+
+
+def _describe(error: Exception) -> str:
+    """One line: our own messages as they are, others with their type."""
+    text = " ".join(str(error).split())
+    module = type(error).__module__.partition(".")[0]
+    if module == "open_mythos" or type(error) is ValueError:
+        return text
+    if isinstance(error, ImportError) and getattr(error, "name", None):
+        return f"this needs the package {error.name!r}, which is not installed"
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _version(value: bool) -> None:
+    if value:
+        from open_mythos import __version__
+
+        print(f"mythos {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+def _examples(*lines: str) -> str:
+    # \b keeps the lines as they are.
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@app.command(
+    epilog=_examples(
+        "mythos train configs/smoke.toml",
+        "mythos train configs/demo-lm.toml data.source=./notes optim.lr=1e-3 --out runs/notes",
+        "mythos train configs/demo-lm.toml --out runs/notes --resume",
+    )
+)
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file with model, data, loops, optim, train, eval.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as optim.lr=1e-3.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME_OF_CONFIG by default.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last saved state in --out.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    stop_at: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Train a model and write a run directory."""
+    from open_mythos.training.config import load_config
+
+    settings = load_config(config, overrides or ())
+    out = Path("runs") / config.stem if out is None else out
+    from open_mythos.training import trainer
+    from open_mythos.training.progress import default_progress
+
+    trainer.train(
+        settings, out, resume=resume, overwrite=overwrite, stop_at=stop_at, progress=default_progress(quiet)
+    )
+    print(out)
+
+
+@app.command(
+    epilog=_examples(
+        'mythos generate runs/demo/lm --prompt "def main(" --loops 8',
+        'mythos generate runs/demo/lm --prompt "The " --loops 16 --temperature 0 --max-new-tokens 40',
+    )
+)
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, or a saved model.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    loops: Annotated[
+        int | None, typer.Option(min=1, help="Loops for every token; the model's own by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to add at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = 50,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest that reach this sum.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Fixes the draws.")] = None,
+) -> None:
+    """Continue a text, byte by byte as it is produced."""
+    import codecs
+
+    folder = _model_folder(model)
+    if not prompt:
+        raise ConfigError("prompt = '' is not allowed: it must hold at least one character")
+    import torch
+
+    from open_mythos.inference.generate import stream
+    from open_mythos.tokenizer import ByteTokenizer
+    from open_mythos.weights import from_pretrained
+
+    network = from_pretrained(folder)
+    if network.cfg.vocab_size < 256:
+        raise ConfigError(
+            f"{model} has vocab_size = {network.cfg.vocab_size}: it reads no bytes; try mythos eval"
+        )
+    ids = torch.tensor([ByteTokenizer().encode(prompt)])
+    tokens = stream(network, ids, max_new_tokens, loops, temperature, top_k, top_p=top_p, seed=seed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    sys.stdout.write(prompt)
+    for token in tokens:
+        value = int(token[0])
+        sys.stdout.write(decoder.decode(bytes([value]) if value < 256 else b""))
+        sys.stdout.flush()
+    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+
+
+@app.command(
+    name="eval",
+    epilog=_examples("mythos eval runs/demo/parity", "mythos eval runs/demo/parity --loops 1,2,4,8,16,32,64"),
+)
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    loops: Annotated[
+        str | None, typer.Option(help="Loop counts, with commas; the config's by default.")
+    ] = None,
+) -> None:
+    """Measure quality against loops on held-out data."""
+    record = _run_record(run)
+    counts = None if loops is None else _counts("loops", loops)
+    from open_mythos.training.checkpoint import write_json
+    from open_mythos.training.config import RunConfig
+    from open_mythos.training.evaluate import sweep
+    from open_mythos.training.trainer import cpu_threads
+    from open_mythos.weights import from_pretrained
+
+    config = RunConfig.from_dict(record["config"])
+    with cpu_threads(config.train.threads):
+        result = sweep(from_pretrained(_model_folder(run)), config, record, counts, _tell)
+    write_json(run / "eval.json", result)
+    table = _table(f"{result['task']}: {result['metric']} against loops", "split", *map(str, result["loops"]))
+    for name, split in result["splits"].items():
+        table.add_row(name, *(f"{value:.3f}" for value in split["values"]))
+    _show(table)
+    print(f"trained with {result['trained_mean']:.1f} loops on average, at most {result['trained_max']}")
+
+
+@app.command(
+    epilog=_examples(
+        "mythos inspect mythos_1b",
+        "mythos inspect configs/demo-parity.toml --loops 1,8,64",
+        "mythos inspect runs/demo/lm --budget 200k",
+    )
+)
+def inspect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A TOML config, a variant such as mythos_1b, a run or a model."
+        ),
+    ],
+    budget: Annotated[
+        str | None, typer.Option(help="Propose the nearest config of so many parameters: 200k.")
+    ] = None,
+    loops: Annotated[
+        str | None, typer.Option(help="Loop counts, with commas; 1 to the config's by default.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that a token sees, for the FLOPs.")] = 1,
+) -> None:
+    """Count parameters, FLOPs and cache bytes."""
+    from open_mythos import accounting
+
+    cfg, folder = _resolve(target)
+    counts = _counts("loops", loops) if loops else sorted({1, 2, 4, 8, 16, cfg.max_loop_iters})
+    if budget is not None:
+        before = cfg
+        cfg, changes = accounting.propose(cfg, budget)
+        limit = accounting.format_count(accounting.parse_count(budget))
+        total = accounting.parameters(before).total
+        print(
+            f"budget {limit}: {total:,} parameters "
+            + ("fit as they are" if not changes else "are too many; change")
+        )
+        for change in changes:
+            print(f"  {change}")
+    _show(_parameter_table(cfg), _flops_table(cfg, counts, context), _cache_table(cfg))
+    if folder is not None and budget is None:
+        from open_mythos.model import spectral_radius
+        from open_mythos.weights import from_pretrained
+
+        print(f"spectral radius ρ(A) = {spectral_radius(from_pretrained(folder)):.6f}, stable below 1")
+
+
+@app.command(epilog=_examples("mythos report runs/demo/parity runs/demo/lm --out runs/demo/report.html"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about these runs."""
+    for run in runs:
+        _run_record(run)
+    from open_mythos.analysis.report import build_report
+
+    build_report(runs, out)
+    print(out)
+
+
+@app.command(epilog=_examples("mythos demo", "mythos demo --out runs/quick train.steps=20 eval.examples=8"))
+def demo(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="For both runs, such as train.steps=20."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for both runs and the report.")] = Path("runs/demo"),
+) -> None:
+    """Train on text and on parity, then ask for more loops."""
+    from open_mythos.demo import run
+
+    print(run(out, overrides or ()))
+
+
+def _tell(split: str) -> None:
+    print(f"evaluating {split}", file=sys.stderr, flush=True)
+
+
+def _counts(name: str, text: str) -> list[int]:
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise ConfigError(
+            f"{name} = {text!r} is not allowed: it must be whole numbers of at least 1, with commas"
+        )
+    return counts
+
+
+def _run_record(run: Path) -> dict[str, Any]:
+    """run.json of a run directory."""
+    try:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{str(run)!r} is not a run directory: it must hold a run.json") from error
+    except ValueError as error:
+        raise ConfigError(f"{run / 'run.json'} is damaged: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ConfigError(f"{run / 'run.json'} is damaged: it holds no config")
+    return record
+
+
+def _model_folder(path: Path) -> Path:
+    """The saved model of a run directory, or the saved model itself."""
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return folder
+    if (path / "run.json").is_file():
+        raise ConfigError(f"{str(path)!r} has no saved model yet: its training has not reached a save")
+    raise ConfigError(
+        f"{str(path)!r} is not a run directory or a saved model: it must hold run.json or config.json"
+    )
+
+
+def _resolve(target: str) -> tuple[MythosConfig, Path | None]:
+    """The config behind a variant's name, a TOML file, a run or a model; and the saved model, if any."""
+    from open_mythos.variants import VARIANTS
+
+    if target in VARIANTS:
+        return VARIANTS[target](), None
+    path = Path(target)
+    if path.is_dir():
+        folder = _model_folder(path)
+        return MythosConfig.from_json((folder / "config.json").read_text(encoding="utf-8")), folder
+    if path.suffix == ".toml":
+        from open_mythos.training.config import load_config
+
+        return load_config(path).model, None
+    import difflib
+
+    close = difflib.get_close_matches(target, VARIANTS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the variants are {', '.join(VARIANTS)}"
+    raise ConfigError(f"{target!r} is not a variant, a .toml config, a run or a saved model; {hint}")
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _show(*tables: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # Wide enough for its tables when nobody watches; a terminal has the width that it has.
+    if not console.is_terminal:
+        console = Console(width=max(100, console.width))
+    for table in tables:
+        console.print(table)
+
+
+def _parameter_table(cfg: MythosConfig) -> Table:
+    from open_mythos.accounting import parameters
+
+    count = parameters(cfg)
+    table = _table("Parameters", "part", "parameters", "share")
+    for part, number in count.parts.items():
+        table.add_row(part, f"{number:,}", f"{number / count.total:.1%}")
+    table.add_section()
+    table.add_row("all", f"{count.total:,}", "100.0%")
+    table.add_row("active for one token", f"{count.active:,}", f"{count.active / count.total:.1%}")
+    return table
+
+
+def _flops_table(cfg: MythosConfig, counts: list[int], context: int) -> Table:
+    from open_mythos.accounting import flops_per_token, format_count
+
+    table = _table(f"FLOPs of one token's forward pass, context {context}", "loops", "FLOPs", "of 1 loop")
+    once = flops_per_token(cfg, 1, context=context)
+    for loops in counts:
+        flops = flops_per_token(cfg, loops, context=context)
+        table.add_row(str(loops), format_count(flops), f"{flops / once:.2f}×")
+    return table
+
+
+def _cache_table(cfg: MythosConfig) -> Table:
+    from open_mythos.accounting import POLICIES, kv_table
+
+    title = f"Cache, bytes per token at {cfg.max_loop_iters} loops, bfloat16"
+    table = _table(title, "attention", *POLICIES)
+    cells = kv_table(cfg)
+    for attention in ("gqa", "mla"):
+        name = f"{attention} (this config)" if attention == cfg.attn_type else attention
+        table.add_row(name, *(f"{cells[attention, policy]:,}" for policy in POLICIES))
+    return table
+
+
+if __name__ == "__main__":
+    main()
