@@ -414,8 +414,8 @@ def _mla_out(attn: State, cfg: MythosConfig) -> State:
     plain, rotated = attn["q_up.weight"].view(cfg.n_heads, nope + rope, -1).split((nope, rope), 1)
     out["q_up_nope.weight"] = plain.flatten(0, 1).clone()
     out["q_up_rope.weight"] = _to_pairs(rotated.flatten(0, 1), rope)
-    down = attn["kv_down.weight"]
-    out["kv_down.weight"] = torch.cat((down[:rank], _to_pairs(down[rank:], rope)))
+    # In place: on the meta device, where the names are compared, torch.cat would load torch's compiler.
+    out["kv_down.weight"][rank:] = _to_pairs(attn["kv_down.weight"][rank:], rope)
     return out
 
 
