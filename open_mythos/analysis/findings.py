@@ -1,0 +1,100 @@
+"""What a sweep over loops says, in plain words, also when it says that more loops do not help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from open_mythos.analysis.probes import Record
+
+__all__ = ["Finding", "count_loops", "find"]
+
+# Differences smaller than these are called none: half a point of accuracy, 0.005 bits per byte.
+NOTHING = {"accuracy": 0.005, "bits_per_byte": 0.005}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a sweep over loops says, in words.
+
+    Attributes:
+        headline: the numbers of the hardest split.
+        verdict: what follows for loops beyond training; honest when nothing does.
+        gain: improvement of the best deeper loop count over the deepest trained one, in the metric's unit
+            (positive is better); None when no deeper one was tried.
+    """
+
+    headline: str
+    verdict: str
+    gain: float | None
+
+
+def find(evaluation: Record, subject: str) -> Finding:
+    """Read the finding off an ``eval.json``.
+
+    The hardest split is the one that does worst at the deepest trained loop count.
+
+    Args:
+        evaluation: ``metric``, ``trained_max``, ``splits``.
+        subject: what was learnt, as the sentence begins.
+    """
+    share = evaluation["metric"] == "accuracy"
+    most = int(evaluation["trained_max"])
+    sign = 1.0 if share else -1.0
+    curves = {
+        name: dict(zip(split["loops"], split["values"], strict=True))
+        for name, split in evaluation["splits"].items()
+    }
+    hardest = min(curves, key=lambda name: sign * curves[name][_deepest(curves[name], most)])
+    curve = curves[hardest]
+    trained, few = _deepest(curve, most), _few(curve)
+    deeper = [n for n in curve if n > most]
+    best = max(deeper, key=lambda n: (sign * round(curve[n], 3), -n)) if deeper else None
+    shown = list(dict.fromkeys(n for n in (few, trained, best) if n is not None))
+    numbers = ", ".join(f"{_value(curve[n], share)} at {count_loops(n)}" for n in sorted(shown))
+    headline = f"{subject}, {hardest}: {numbers}; trained with at most {most}."
+    if best is None:
+        return Finding(headline, "No loop count beyond the trained ones was tried.", None)
+    gain = sign * (curve[best] - curve[trained])
+    last = max(curve)
+    return Finding(headline, _verdict(curve, evaluation["metric"], few, trained, best, last), gain)
+
+
+def _verdict(curve: dict[int, float], metric: str, few: int, trained: int, best: int, last: int) -> str:
+    share, nothing = metric == "accuracy", NOTHING[metric]
+    sign = 1.0 if share else -1.0
+    gain, inside = sign * (curve[best] - curve[trained]), sign * (curve[trained] - curve[few])
+    end = sign * (curve[last] - curve[trained])
+    verb = "gains" if inside > 0 else "loses"
+    change = f"it {verb} {_gap(abs(inside), share)}" if abs(inside) >= nothing else "nothing changes"
+    within = f"From {count_loops(few)} to {trained} {change}"
+    if gain >= nothing:
+        tail = ""
+        if sign * (curve[best] - curve[last]) >= nothing:
+            tail = f" At {last} it is back to {_value(curve[last], share)}."
+        return f"{within}; beyond the trained depth more loops add another {_gap(gain, share)}.{tail}"
+    if end <= -nothing:
+        lost = f"at {count_loops(last)} it loses {_gap(-end, share)}"
+        return f"{within}; beyond the trained depth it does not rise: {lost}."
+    return f"{within}; beyond the trained depth it neither rises nor falls."
+
+
+def _deepest(curve: dict[int, float], most: int) -> int:
+    """Largest loop count within training, or the smallest there is."""
+    return max((n for n in curve if n <= most), default=min(curve))
+
+
+def _few(curve: dict[int, float]) -> int:
+    return 4 if 4 in curve else min(curve)
+
+
+def count_loops(n: int) -> str:
+    """``1 loop``, ``2 loops``, …"""
+    return "1 loop" if n == 1 else f"{n} loops"
+
+
+def _value(value: float, share: bool) -> str:
+    return f"{100 * value:.1f} % right" if share else f"{value:.3f} bits per byte"
+
+
+def _gap(gap: float, share: bool) -> str:
+    return f"{100 * gap:.1f} points" if share else f"{gap:.3f} bits per byte"
