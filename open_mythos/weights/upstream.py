@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from open_mythos.config import ConfigError, MythosConfig
 from open_mythos.model import OpenMythos
+from open_mythos.weights.layout import State, block_in, block_out, layers, shapes, under
 from open_mythos.weights.pretrained import (
     WRAPPERS,
     WeightsError,
@@ -44,7 +45,6 @@ _UPSTREAM_FIELDS = (
     *("v_head_dim", "n_experts", "n_shared_experts", "n_experts_per_tok", "expert_dim", "act_threshold"),
     *("rope_theta", "lora_rank", "max_output_tokens", "dropout"),
 )
-State = dict[str, Tensor]
 
 
 class _Fields:
@@ -97,8 +97,8 @@ def from_upstream_state_dict(state: Mapping[str, Tensor], cfg: MythosConfig) -> 
     ):
         raise WeightsError("head.weight differs from embed.weight, but upstream ties them")
     out: State = {"embed.weight": state["embed.weight"].clone(), "norm.weight": state["norm.weight"].clone()}
-    for theirs, ours in _layers(cfg):
-        out |= _block_in(_under(state, theirs), cfg, ours, moe=theirs == "recurrent.block")
+    for theirs, ours in layers(cfg):
+        out |= block_in(under(state, theirs), cfg, ours, moe=theirs == "recurrent.block")
     for name, tensor in state.items():
         if name.startswith("recurrent.") and not name.startswith("recurrent.block."):
             out[name] = tensor.clone()
@@ -116,21 +116,12 @@ def to_upstream_state_dict(model: OpenMythos, rope_tables: bool = True) -> State
         WeightsError: the config computes what upstream cannot; the message names the field.
     """
     cfg = model.cfg
-    try:
-        MythosConfig.upstream(**cfg.to_dict())
-    except ConfigError as error:
-        raise WeightsError(f"upstream cannot compute this model: {error}") from error
-    if cfg.lora_rank == 0:
-        raise WeightsError("upstream cannot compute this model: lora_rank = 0, but it needs at least 1")
-    if cfg.attn_type == "gqa" and cfg.n_heads % cfg.n_kv_heads:
-        raise WeightsError(
-            f"upstream cannot compute this model: n_kv_heads = {cfg.n_kv_heads} does not divide n_heads"
-        )
+    _check_config(cfg)
     state = dict(model.state_dict())
     embed = state["embed.weight"].clone()
     out: State = {"embed.weight": embed, "head.weight": embed, "norm.weight": state["norm.weight"].clone()}
-    for theirs, ours in _layers(cfg):
-        out |= _block_out(_under(state, ours), cfg, theirs, moe=theirs == "recurrent.block")
+    for theirs, ours in layers(cfg):
+        out |= block_out(under(state, ours), cfg, theirs, moe=theirs == "recurrent.block")
     for name, tensor in state.items():
         if name.startswith("recurrent.") and not name.startswith("recurrent.block."):
             out[name] = tensor.clone()
@@ -314,12 +305,27 @@ def _rope_table(width: int, length: int, theta: float) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-# Tensors.
+# Checks.
+
+
+def _check_config(cfg: MythosConfig) -> None:
+    """Refuse a config that upstream has no way to express."""
+    try:
+        MythosConfig.upstream(**cfg.to_dict())
+    except ConfigError as error:
+        raise WeightsError(f"upstream cannot compute this model: {error}") from error
+    if cfg.lora_rank == 0:
+        raise WeightsError("upstream cannot compute this model: lora_rank = 0, but it needs at least 1")
+    if cfg.attn_type == "gqa" and cfg.n_heads % cfg.n_kv_heads:
+        raise WeightsError(
+            f"upstream cannot compute this model: n_kv_heads = {cfg.n_kv_heads} does not divide n_heads"
+        )
 
 
 def _check_state(state: Mapping[str, Tensor], cfg: MythosConfig) -> None:
-    """Names and shapes against those of the config's model, converted the other way."""
-    expected = to_upstream_state_dict(skeleton(cfg), rope_tables=False)
+    """Names and shapes against the config's."""
+    _check_config(cfg)
+    expected = shapes(cfg)
     if missing := sorted(expected.keys() - state.keys()):
         raise WeightsError(
             f"the upstream state dict lacks {some_names(missing)}, which the config's model has"
@@ -328,137 +334,6 @@ def _check_state(state: Mapping[str, Tensor], cfg: MythosConfig) -> None:
         raise WeightsError(
             f"the upstream state dict holds {some_names(unexpected)}, which the config's model has not"
         )
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise WeightsError(
-                f"{name} has shape {tuple(state[name].shape)}, but the config says {tuple(tensor.shape)}"
-            )
-
-
-def _layers(cfg: MythosConfig) -> Iterator[tuple[str, str]]:
-    """(upstream's name, ours) of every transformer block."""
-    for part in ("prelude", "coda"):
-        for i in range(getattr(cfg, f"{part}_layers")):
-            yield f"{part}.{i}", f"{part}_layers.{i}"
-    yield "recurrent.block", "recurrent.block"
-
-
-def _under(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The entries below a module, their names from there on."""
-    return {
-        name[len(prefix) + 1 :]: tensor for name, tensor in state.items() if name.startswith(f"{prefix}.")
-    }
-
-
-def _to_halves(rows: Tensor, width: int) -> Tensor:
-    """Rows of a rotated projection, heads of ``width``: neighbours (2i, 2i+1) become (i, i + K/2)."""
-    return rows.view(-1, width // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _to_pairs(rows: Tensor, width: int) -> Tensor:
-    """Inverse of :func:`_to_halves`."""
-    return rows.view(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _block_in(block: State, cfg: MythosConfig, name: str, moe: bool) -> State:
-    """One transformer block under our names."""
-    attn, ffn = _under(block, "attn"), _under(block, "ffn")
-    out = {f"{norm}.weight": block[f"{norm}.weight"].clone() for norm in ("attn_norm", "ffn_norm")}
-    converted = _mla_in(attn, cfg) if cfg.attn_type == "mla" else _gqa_in(attn, cfg)
-    out |= {f"attn.{key}": tensor for key, tensor in converted.items()}
-    converted = _moe_in(ffn, cfg) if moe else _swiglu_in([ffn])
-    out |= {f"ffn.{key}": tensor for key, tensor in converted.items()}
-    return {f"{name}.{key}": tensor for key, tensor in out.items()}
-
-
-def _block_out(block: State, cfg: MythosConfig, name: str, moe: bool) -> State:
-    """One transformer block under upstream's names."""
-    attn, ffn = _under(block, "attn"), _under(block, "ffn")
-    out = {f"{norm}.weight": block[f"{norm}.weight"].clone() for norm in ("attn_norm", "ffn_norm")}
-    converted = _mla_out(attn, cfg) if cfg.attn_type == "mla" else _gqa_out(attn, cfg)
-    out |= {f"attn.{key}": tensor for key, tensor in converted.items()}
-    converted = _moe_out(ffn, cfg) if moe else _swiglu_out(ffn, 1)[0]
-    out |= {f"ffn.{key}": tensor for key, tensor in converted.items()}
-    return {f"{name}.{key}": tensor for key, tensor in out.items()}
-
-
-def _gqa_in(attn: State, cfg: MythosConfig) -> State:
-    out = {name: tensor.clone() for name, tensor in attn.items()}
-    for name in ("wq.weight", "wk.weight"):
-        out[name] = _to_halves(attn[name], cfg.head_dim)
-    return out
-
-
-def _gqa_out(attn: State, cfg: MythosConfig) -> State:
-    out = {name: tensor.clone() for name, tensor in attn.items()}
-    for name in ("wq.weight", "wk.weight"):
-        out[name] = _to_pairs(attn[name], cfg.head_dim)
-    return out
-
-
-def _mla_in(attn: State, cfg: MythosConfig) -> State:
-    """Queries become [nope | rope] per head in one matrix; the shared rope key's rows are permuted."""
-    rope, nope, rank = cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.kv_lora_rank
-    out = {name: tensor.clone() for name, tensor in attn.items() if not name.startswith("q_up_")}
-    plain = attn["q_up_nope.weight"].view(cfg.n_heads, nope, -1)
-    rotated = _to_halves(attn["q_up_rope.weight"], rope).view(cfg.n_heads, rope, -1)
-    out["q_up.weight"] = torch.cat((plain, rotated), 1).flatten(0, 1)
-    down = attn["kv_down.weight"]
-    out["kv_down.weight"] = torch.cat((down[:rank], _to_halves(down[rank:], rope)))
-    return out
-
-
-def _mla_out(attn: State, cfg: MythosConfig) -> State:
-    rope, nope, rank = cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.kv_lora_rank
-    out = {name: tensor.clone() for name, tensor in attn.items() if name != "q_up.weight"}
-    plain, rotated = attn["q_up.weight"].view(cfg.n_heads, nope + rope, -1).split((nope, rope), 1)
-    out["q_up_nope.weight"] = plain.flatten(0, 1).clone()
-    out["q_up_rope.weight"] = _to_pairs(rotated.flatten(0, 1), rope)
-    # In place: on the meta device, where the names are compared, torch.cat would load torch's compiler.
-    out["kv_down.weight"][rank:] = _to_pairs(attn["kv_down.weight"][rank:], rope)
-    return out
-
-
-def _swiglu_in(experts: list[State]) -> State:
-    """Several SwiGLUs as one: rows [all gates | all ups], and the down columns side by side."""
-    gates = [expert["gate.weight"] for expert in experts]
-    ups = [expert["up.weight"] for expert in experts]
-    downs = [expert["down.weight"] for expert in experts]
-    return {"gate_up.weight": torch.cat((*gates, *ups)), "down.weight": torch.cat(downs, 1)}
-
-
-def _swiglu_out(ffn: State, parts: int) -> list[State]:
-    """Inverse of :func:`_swiglu_in`."""
-    gate, up = ffn["gate_up.weight"].chunk(2)
-    pieces = zip(gate.chunk(parts), up.chunk(parts), ffn["down.weight"].chunk(parts, 1), strict=True)
-    return [
-        {"gate.weight": g.clone(), "up.weight": u.clone(), "down.weight": d.clone()} for g, u, d in pieces
-    ]
-
-
-def _moe_in(ffn: State, cfg: MythosConfig) -> State:
-    routed = [_under(ffn, f"routed_experts.{i}") for i in range(cfg.n_experts)]
-    bias = ffn["router_bias"]
-    out = {
-        "router.weight": ffn["router.weight"].clone(),
-        "router_bias": bias.to(torch.promote_types(bias.dtype, torch.float32), copy=True),
-        "expert_load": torch.zeros(cfg.n_experts, dtype=torch.int64, device=bias.device),
-        "w_in": torch.stack([torch.cat((e["gate.weight"], e["up.weight"])).t() for e in routed]),
-        "w_out": torch.stack([expert["down.weight"].t() for expert in routed]),
-    }
-    if cfg.n_shared_experts:
-        shared = [_under(ffn, f"shared_experts.{i}") for i in range(cfg.n_shared_experts)]
-        out |= {f"shared.{name}": tensor for name, tensor in _swiglu_in(shared).items()}
-    return out
-
-
-def _moe_out(ffn: State, cfg: MythosConfig) -> State:
-    out = {name: ffn[name].clone() for name in ("router.weight", "router_bias")}
-    for i in range(cfg.n_experts):
-        gate, up = ffn["w_in"][i].t().chunk(2)
-        expert = {"gate.weight": gate, "up.weight": up, "down.weight": ffn["w_out"][i].t()}
-        out |= {f"routed_experts.{i}.{name}": tensor.contiguous().clone() for name, tensor in expert.items()}
-    if cfg.n_shared_experts:
-        for i, expert in enumerate(_swiglu_out(_under(ffn, "shared"), cfg.n_shared_experts)):
-            out |= {f"shared_experts.{i}.{name}": tensor for name, tensor in expert.items()}
-    return out
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise WeightsError(f"{name} has shape {tuple(state[name].shape)}, but the config says {shape}")
