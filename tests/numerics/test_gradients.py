@@ -159,7 +159,7 @@ def test_moe_ffn(experts: int, active: int, shared: int) -> None:
     x = torch.randn(2, 4 * experts, D, dtype=F64) / 2
     ranked = (moe.router(x) + moe.router_bias).sort(-1, descending=True).values  # type: ignore[operator]
     if active < experts:
-        assert (ranked[..., active - 1] - ranked[..., active]).min() > 1e-3
+        assert (ranked[..., active - 1] - ranked[..., active]).min() > 2e-5
     out = moe(x)
     used = moe.route(x.flatten(0, 1))[0].unique()  # type: ignore[operator]
     assert len(used) == experts, "every expert should have a token here"
