@@ -329,8 +329,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     changes = [_override(text) for text in overrides]
     for section, key, value in changes:
         old = sections.setdefault(section, {})
+        if not isinstance(old, dict):
+            raise ConfigError(
+                f"{path.name}: [{section}] = {old!r} is not allowed: it must be a section of keys"
+            )
         kind = {"loops": "kind", "data": "source"}.get(section)
-        if key == kind and isinstance(old, dict) and _sort(section, old.get(key)) != _sort(section, value):
+        if key == kind and _sort(section, old.get(key)) != _sort(section, value):
             old.clear()
     for section, key, value in changes:
         sections[section][key] = value
@@ -362,14 +366,13 @@ def _model(fields: dict[str, Any], data: DataConfig) -> MythosConfig:
     variant = fields.pop("variant", None)
     base = {} if variant is None else _variant(variant).to_dict()
     tokens = data.tokens(sized="vocab_size" in fields)
+    size, needed = fields.get("vocab_size"), tokens.get("vocab_size")
+    if isinstance(size, int) and needed is not None and size < needed:
+        raise _error("model.vocab_size", size, f"at least {needed} for text")
     try:
-        cfg = MythosConfig(**{**base, **tokens, **fields})
+        return MythosConfig(**{**base, **tokens, **fields})
     except ConfigError as error:
         raise ConfigError(f"model.{error}") from error
-    needed = tokens.get("vocab_size") or 1
-    if cfg.vocab_size < needed:
-        raise _error("model.vocab_size", cfg.vocab_size, f"at least {needed} for this data")
-    return cfg
 
 
 def _variant(name: Any) -> MythosConfig:

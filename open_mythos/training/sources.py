@@ -34,8 +34,12 @@ def train_stream(config: RunConfig) -> tuple[PackedDataset | TaskStream, dict[st
     """
     size, seed = config.train.batch_size, config.train.seed
     if config.data.is_task:
-        stream = TaskStream(config.data.task(), size, seed=seed)
-        return stream, {"task": repr(stream.task)}
+        task, known = config.data.task(), config.model.vocab_size
+        if known < task.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {known} is not allowed: it must be at least {task.vocab_size} for the task"
+            )
+        return TaskStream(task, size, seed=seed), {"task": repr(task)}
     documents, report = _documents(config, "train")
     packed = _pack(documents, config, "train")
     return PackedDataset(packed, size, seed=seed), {**report, "train": packed.report()}

@@ -32,7 +32,7 @@ from open_mythos.weights import save_pretrained
 
 __all__ = ["RUN_FILES", "TrainingError", "build", "cpu_threads", "train"]
 
-RUN_FILES = ("run.json", "metrics.jsonl", "eval.json", "model", "resume")
+RUN_FILES = ("run.json", "metrics.jsonl", "eval.json", "model", "records", "resume")
 
 
 class TrainingError(RuntimeError):
