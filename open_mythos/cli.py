@@ -117,6 +117,7 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     stop_at: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step.")] = None,
+    sweep: Annotated[bool, typer.Option("--eval", help="Afterwards do what mythos eval does.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Train a model and write a run directory."""
@@ -130,6 +131,8 @@ def train(
     trainer.train(
         settings, out, resume=resume, overwrite=overwrite, stop_at=stop_at, progress=default_progress(quiet)
     )
+    if sweep:
+        _evaluate(out, _run_record(out), None)
     print(out)
 
 
@@ -193,7 +196,11 @@ def evaluate(
 ) -> None:
     """Measure quality against loops on held-out data."""
     record = _run_record(run)
-    counts = None if loops is None else _counts("loops", loops)
+    _evaluate(run, record, None if loops is None else _counts("loops", loops))
+
+
+def _evaluate(run: Path, record: dict[str, Any], counts: list[int] | None) -> None:
+    """Sweep over loops, write eval.json, show it."""
     from open_mythos.training.checkpoint import write_json
     from open_mythos.training.config import RunConfig
     from open_mythos.training.evaluate import sweep

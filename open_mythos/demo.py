@@ -8,11 +8,12 @@ cores. Progress is read from the run directories.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -34,41 +35,51 @@ class DemoError(RuntimeError):
 
 @dataclass
 class _Job:
-    """One training and its sweep, run one after the other in processes of their own."""
+    """One `mythos` command in a process of its own."""
 
     name: str
     out: Path
     steps: int
-    commands: list[list[str]]
+    command: list[str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
-    stage: str = ""
-    began: float = field(default_factory=time.monotonic)
 
-    def advance(self) -> bool:
-        """Start the next command when the last has ended well; False when there is none left."""
-        if self.process is not None:
-            code = self.process.poll()
-            if code is None:
-                return True
-            if code != 0:
-                raise DemoError(f"{self.stage} of {self.name} failed: {_last_line(self.log)}")
-            self.process = None
-        if not self.commands:
-            return False
-        command = self.commands.pop(0)
-        self.stage = command[0]
-        with self.log.open("ab") as log:
-            full = [sys.executable, "-m", "open_mythos.cli", *command]
-            self.process = subprocess.Popen(full, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        return True
+    def start(self) -> None:
+        """Start it, its output going to the log."""
+        # One OpenMP thread: with more, the threads of several processes wait for each other by spinning.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        full = [sys.executable, "-m", "open_mythos.cli", *self.command]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                full, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
+
+    def running(self) -> bool:
+        """Whether it still runs.
+
+        Raises:
+            DemoError: it has failed.
+        """
+        code = None if self.process is None else self.process.poll()
+        if code:
+            raise DemoError(f"{self.name} failed: {_last_line(self.log)}")
+        return code is None
+
+    def stop(self) -> None:
+        """End it if it still runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
 
     def note(self) -> tuple[int, str]:
         """Steps done, and what is going on."""
         row = _last_record(self.out / "metrics.jsonl")
         step = int(row.get("step", 0))
-        text = f"loss {row['loss']:.3f}" if row else "starting"
-        return step, text if self.stage == "train" else "more loops than trained"
+        if (self.out / "eval.json").exists():
+            return step, "done"
+        if step == self.steps:
+            return step, "trying more loops than trained"
+        return step, f"loss {row['loss']:.3f}" if row else "starting"
 
 
 def run(out: Path, overrides: Sequence[str] = ()) -> Path:
@@ -92,19 +103,19 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     console.print(
         f"Training side by side, into {out}: cumulative parity, and the bytes of Python's own text."
     )
+    report = out / "report.html"
+    folders = [str(job.out) for job in jobs]
+    last = _Job("report", out, 0, ["report", *folders, "--out", str(report)], out / "report.log")
     try:
-        _watch(jobs, console)
-        report = out / "report.html"
-        folders = [str(job.out) for job in jobs]
-        last = _Job("the report", out, 0, [["report", *folders, "--out", str(report)]], out / "report.log")
-        last.log.unlink(missing_ok=True)
-        while last.advance():
-            time.sleep(0.1)
-    finally:
         for job in jobs:
-            if job.process is not None and job.process.poll() is None:
-                job.process.terminate()
-                job.process.wait()
+            job.start()
+        _watch(jobs, console)
+        last.start()
+        while last.running():
+            time.sleep(_POLL_S)
+    finally:
+        for job in (*jobs, last):
+            job.stop()
     console.print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
     return report
 
@@ -128,9 +139,10 @@ def _job(name: str, out: Path, overrides: Sequence[str]) -> _Job:
     path = configs_folder() / f"demo-{name}.toml"
     steps = load_config(path, overrides).train.steps
     folder, log = out / name, out / f"{name}.log"
-    log.unlink(missing_ok=True)
-    train = ["train", str(path), *overrides, "--out", str(folder), "--overwrite"]
-    return _Job(name, folder, steps, [train, ["eval", str(folder)]], log)
+    for stale in ("metrics.jsonl", "eval.json"):
+        (folder / stale).unlink(missing_ok=True)  # progress is read from these
+    train = ["train", str(path), *overrides, "--out", str(folder), "--overwrite", "--eval"]
+    return _Job(name, folder, steps, train, log)
 
 
 def _watch(jobs: list[_Job], console: Console) -> None:
@@ -142,19 +154,19 @@ def _watch(jobs: list[_Job], console: Console) -> None:
     spoken = time.monotonic()
     with bars:
         tasks = [bars.add_task(job.name, total=job.steps, note="") for job in jobs]
-        running = True
-        while running:
-            states = [job.advance() for job in jobs]  # each job, not only up to the first that runs
-            running = any(states)
+        while True:
+            running = [job.running() for job in jobs]
             speak = not console.is_terminal and time.monotonic() - spoken >= _LINE_EVERY_S
             for job, task in zip(jobs, tasks, strict=True):
                 step, note = job.note()
-                bars.update(task, completed=step, note=note if job.process else "done")
+                bars.update(task, completed=step, note=note)
                 if speak:
-                    console.print(f"{job.name}: step {step}/{job.steps}  {note if job.process else 'done'}")
+                    console.print(f"{job.name}: step {step}/{job.steps}  {note}")
             if speak:
                 spoken = time.monotonic()
-            time.sleep(_POLL_S if running else 0)
+            if not any(running):
+                return
+            time.sleep(_POLL_S)
 
 
 def _last_record(path: Path) -> dict[str, float]:
