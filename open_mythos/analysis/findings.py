@@ -18,14 +18,15 @@ class Finding:
 
     Attributes:
         headline: the numbers of the hardest split.
+        short: the first and the last of these, for a picture's title.
         verdict: what follows for loops beyond training; honest when nothing does.
-        gain: improvement of the best deeper loop count over the deepest trained one, in the metric's unit
-            (positive is better); None when no deeper one was tried.
+        rises: loops beyond the trained ones do better than the trained ones.
     """
 
     headline: str
+    short: str
     verdict: str
-    gain: float | None
+    rises: bool
 
 
 def find(evaluation: Record, subject: str) -> Finding:
@@ -52,11 +53,15 @@ def find(evaluation: Record, subject: str) -> Finding:
     shown = list(dict.fromkeys(n for n in (few, trained, best) if n is not None))
     numbers = ", ".join(f"{_value(curve[n], share)} at {count_loops(n)}" for n in sorted(shown))
     headline = f"{subject}, {hardest}: {numbers}; trained with at most {most}."
+    ends = [n for n in (few, best or trained) if n in curve]
+    short = f"{hardest}: " + ", ".join(
+        f"{_value(curve[n], share)} at {count_loops(n)}" for n in sorted({*ends})
+    )
     if best is None:
-        return Finding(headline, "No loop count beyond the trained ones was tried.", None)
-    gain = sign * (curve[best] - curve[trained])
-    last = max(curve)
-    return Finding(headline, _verdict(curve, evaluation["metric"], few, trained, best, last), gain)
+        return Finding(headline, short, "No loop count beyond the trained ones was tried.", False)
+    verdict = _verdict(curve, evaluation["metric"], few, trained, best, max(curve))
+    rises = sign * (curve[best] - curve[trained]) >= NOTHING[evaluation["metric"]]
+    return Finding(headline, short, verdict, rises)
 
 
 def _verdict(curve: dict[int, float], metric: str, few: int, trained: int, best: int, last: int) -> str:
@@ -65,7 +70,7 @@ def _verdict(curve: dict[int, float], metric: str, few: int, trained: int, best:
     gain, inside = sign * (curve[best] - curve[trained]), sign * (curve[trained] - curve[few])
     end = sign * (curve[last] - curve[trained])
     verb = "gains" if inside > 0 else "loses"
-    change = f"it {verb} {_gap(abs(inside), share)}" if abs(inside) >= nothing else "nothing changes"
+    change = f"it {verb} {_gap(abs(inside), share)}" if abs(inside) >= nothing else "it hardly changes"
     within = f"From {count_loops(few)} to {trained} {change}"
     if gain >= nothing:
         tail = ""

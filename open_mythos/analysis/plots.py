@@ -96,12 +96,12 @@ def quality(evaluation: Record, *, title: str | None = None) -> Figure:
             (low, min(most, high), "loops seen in training"),
             (most, high, "never trained"),
         ):
-            if start < end:
+            if start < end and start < every[-1]:
                 above(ax, math.sqrt(start * end), words)
     mean = evaluation.get("trained_mean")
     if mean is not None and low <= mean <= high:
         ax.axvline(
-            mean, color="#8b97a3", linestyle=(0, (4, 3)), linewidth=1.2, label=f"mean in training: {mean:g}"
+            mean, color="#8b97a3", linestyle=(0, (4, 3)), linewidth=1.2, label=f"mean in training: {mean:.3g}"
         )
     for i, (name, split) in enumerate(splits.items()):
         ax.plot(
@@ -133,12 +133,12 @@ def answers(record: Record) -> Figure:
     """Share of right answers at each position and loop count: how far along the sequence it gets.
 
     Args:
-        record: ``loops`` [n], ``right`` [n][positions] in 0 … 1, ``sequences``, ``positions`` [names].
+        record: ``loops`` [n], ``right`` [n][positions] in 0 … 1, ``chance``, ``split``, ``positions``.
     """
     loops, right = record["loops"], record["right"]
     _need("loops", loops)
     figure, ax = new_figure((5.6, 3.9))
-    image = ax.imshow(right, aspect="auto", cmap=SCALE, vmin=min(0.5, _least(right)), vmax=1, origin="lower")
+    image = ax.imshow(right, aspect="auto", cmap=SCALE, vmin=record["chance"], vmax=1, origin="lower")
     ax.set_yticks(range(len(loops)), [str(n) for n in loops])
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     count = len(record["positions"])

@@ -199,7 +199,10 @@ def _look_inside(
     """Trace and latent path of a batch; the first row is shown token by token."""
     found = trace(model, ids, depth, attention_mask=None if bool(mask.all()) else mask, keep_states=True)
     record = found.to_record(max_tokens=64, labels=labels)
-    path = latent_path(found)
+    real = mask[0].nonzero().flatten().tolist()
+    # Every text starts with the same mark, whose state lies far off and would squeeze the others.
+    real = real[1:] if labels[0] == "BOS" and len(real) > 1 else real
+    path = latent_path(found, sorted({real[round(i * (len(real) - 1) / 5)] for i in range(6)}))
     path["labels"] = [f"{labels[i]} ({i})" for i in path["tokens"]]
     return {"trace": {**record, "mode": model.cfg.halting, "width": ids.shape[1]}, "latent": path}
 
@@ -242,6 +245,7 @@ def _answers(model: OpenMythos, task: Task, batch: Batch, source: str, loops: Se
         "loops": list(loops),
         "right": right,
         "positions": [int(i) for i in columns],
+        "chance": round(1 / len(batch.targets[scored].unique()), 4),
         "sequences": batch.ids.shape[0],
         "example": {
             "input": [token_label(int(i), source) for i in batch.ids[0] if int(i) != 0],

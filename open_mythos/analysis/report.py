@@ -38,6 +38,12 @@ def build_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
     if not run_dirs:
         raise ReportError("run_dirs is empty: give at least one run directory")
     runs = [read_run(Path(path)) for path in run_dirs]
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ReportError(
+                f"run_dirs has {names.count(name)} folders named {name!r}: give each its own name"
+            )
     runs = [make_records(run) for run in runs]
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +78,9 @@ def _lead(run: Run) -> str:
             f"<p>Run <code>mythos eval</code> on it, then draw this page again.</p></div>"
         )
     finding = find(_named(run), _subject(run))
+    css = "finding good" if finding.rises else "finding"
     return (
-        f'<div class="finding"><p class="big">{escape(finding.headline)}</p>'
+        f'<div class="{css}"><p class="big">{escape(finding.headline)}</p>'
         f'<p>{escape(finding.verdict)} <a href="#{_anchor(run)}-quality">See the curve</a></p></div>'
     )
 
@@ -101,9 +108,13 @@ class _Picture:
     wide: bool = False
 
 
+def _quality(run: Run) -> Figure:
+    return plots.quality(_named(run), title=find(_named(run), _subject(run)).short)
+
+
 _PICTURES = (
     _Picture(
-        "quality", "Quality against loops", lambda r: plots.quality(_named(r)),
+        "quality", "Quality against loops", _quality,
         "The same trained model, asked to run fewer or more loops. Grey: loop counts that training used. "
         "To the right of it nothing was trained, and the model lives on what it has learnt to do in a loop.",
         "eval.json",
@@ -235,7 +246,7 @@ def _loops_in_training(run: Run) -> str:
     loops = run.config["loops"]
     rest = ", ".join(f"{k} {v}" for k, v in loops.items() if k != "kind" and v is not None)
     if run.evaluation is not None:
-        rest += f"; mean {run.evaluation['trained_mean']:g}, at most {run.evaluation['trained_max']:g}"
+        rest += f"; mean {run.evaluation['trained_mean']:.3g}, at most {run.evaluation['trained_max']:g}"
     return f"{loops['kind']} ({rest})"
 
 

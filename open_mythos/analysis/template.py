@@ -41,8 +41,9 @@ h2{font-size:1.45rem;margin:2.2em 0 .5em;padding-top:.6em;border-top:1px solid v
 h3{font-size:1.12rem;margin:1.8em 0 .4em} h4{margin:0 0 .3em;font-size:.92rem;color:var(--quiet)}
 p{max-width:78ch} a{color:var(--link)}
 code,pre{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.88em}
-.finding{background:var(--card);border-left:5px solid #009e73;border-radius:6px;padding:12px 20px;
+.finding{background:var(--card);border-left:5px solid var(--line);border-radius:6px;padding:12px 20px;
 margin:0 0 14px}
+.finding.good{border-left-color:#009e73}
 .finding p{margin:.25em 0;max-width:none} .big{font-size:1.22rem;font-weight:600;line-height:1.4}
 .how{color:var(--quiet)}
 nav{margin-top:1.5em} nav h2{font-size:1rem;border:0;margin:0;padding:0} nav>ol{margin:.3em 0;
