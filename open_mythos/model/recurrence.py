@@ -89,8 +89,8 @@ class LTIInjection(nn.Module):
         Raises:
             ConfigError: ``limit`` is not inside (0, 1).
         """
-        if not 0.0 < limit < 1.0:
-            raise ConfigError(f"limit = {limit!r} is not allowed: it must be above 0 and below 1")
+        if not isinstance(limit, (int, float)) or not 0.0 < limit < 1.0:
+            raise ConfigError(f"limit = {limit!r} is not allowed: it must be a number above 0 and below 1")
         decay = self.get_A().double()
         radius = decay.max()
         if radius > limit:
@@ -113,9 +113,10 @@ def loop_index_embedding(h: Tensor, loop_t: int | Tensor, loop_dim: int, theta: 
     Returns:
         (B, S, D).
     """
-    exponent = torch.arange(0, loop_dim, 2, device=h.device, dtype=h.dtype) / max(loop_dim, 1)
+    dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot tell loop 257 from 256
+    exponent = torch.arange(0, loop_dim, 2, device=h.device, dtype=dtype) / max(loop_dim, 1)
     angles = loop_t * theta**-exponent
-    embedding = torch.cat((angles.sin(), angles.cos()))[:loop_dim]
+    embedding = torch.cat((angles.sin(), angles.cos()))[:loop_dim].to(h.dtype)
     return h + F.pad(embedding, (0, h.shape[-1] - loop_dim))
 
 
