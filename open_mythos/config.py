@@ -128,7 +128,7 @@ class MythosConfig:
     halting: Halting = "select"
     halt_bias_init: float = -3.0
     halt_tolerance: float = 0.05
-    router_bias_rate: float = 1e-3
+    router_bias_rate: float = 1e-2
     init: Init = "scaled"
     bos_token_id: int | None = None
     eos_token_id: int | None = None
