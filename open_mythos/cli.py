@@ -41,10 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     args = [arg for arg in args if arg != "--debug"]
     try:
         code = typer.main.get_command(app).main(args, prog_name="mythos", standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
-    except typer.Abort:
-        sys.exit(_complain("interrupted", 130))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except _UsageError as error:
         # Asked for nothing at all: the message is the help page.
         sys.exit(_complain(error.format_message(), 2, type(error).__name__ != "NoArgsIsHelpError"))
@@ -55,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             raise
         sys.exit(_complain(_describe(error), 2 if isinstance(error, ValueError) else 1))
+    if code == 130:  # some releases of typer turn an interrupt into this themselves
+        _complain("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

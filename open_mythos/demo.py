@@ -104,8 +104,7 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
         f"Training side by side, into {out}: cumulative parity, and the bytes of Python's own text."
     )
     report = out / "report.html"
-    folders = [str(job.out) for job in jobs]
-    last = _Job("report", out, 0, ["report", *folders, "--out", str(report)], out / "report.log")
+    last = _Job("report", out, 0, _report_command(jobs, report), out / "report.log")
     try:
         for job in jobs:
             job.start()
@@ -143,6 +142,10 @@ def _job(name: str, out: Path, overrides: Sequence[str]) -> _Job:
         (folder / stale).unlink(missing_ok=True)  # progress is read from these
     train = ["train", str(path), *overrides, "--out", str(folder), "--overwrite", "--eval"]
     return _Job(name, folder, steps, train, log)
+
+
+def _report_command(jobs: Sequence[_Job], report: Path) -> list[str]:
+    return ["report", *(str(job.out) for job in jobs), "--out", str(report)]
 
 
 def _watch(jobs: list[_Job], console: Console) -> None:
@@ -188,4 +191,4 @@ def _last_record(path: Path) -> dict[str, float]:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
-    return lines[-1] if lines else "no message"
+    return lines[-1].removeprefix("mythos: error: ") if lines else "no message"

@@ -36,9 +36,8 @@ def train_stream(config: RunConfig) -> tuple[PackedDataset | TaskStream, dict[st
     if config.data.is_task:
         task, known = config.data.task(), config.model.vocab_size
         if known < task.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size = {known} is not allowed: it must be at least {task.vocab_size} for the task"
-            )
+            allowed = f"at least {task.vocab_size} for the task"
+            raise ConfigError(f"model.vocab_size = {known} is not allowed: it must be {allowed}")
         return TaskStream(task, size, seed=seed), {"task": repr(task)}
     documents, report = _documents(config, "train")
     packed = _pack(documents, config, "train")

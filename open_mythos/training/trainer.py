@@ -91,11 +91,13 @@ def train(
         TrainingError: the loss or a gradient is not finite.
     """
     out = Path(out)
-    _claim(out, config, resume, overwrite)
+    _check_out(out, config, resume, overwrite)
     with cpu_threads(config.train.threads):
         state, data_report = build(config)
         if resume:
             checkpoint.load_state(out / "resume", state)
+        else:
+            _clear(out)
         _keep_metrics(out / "metrics.jsonl", state.step)
         last = config.train.steps if stop_at is None else min(stop_at, config.train.steps)
         _write_run(out, config, state, data_report)
@@ -204,8 +206,8 @@ def _save(config: RunConfig, state: TrainState, out: Path) -> None:
     save_pretrained(state.model, out / "model")
 
 
-def _claim(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """Make ``out`` ours, or say why not, before any work is done."""
+def _check_out(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Say why ``out`` cannot be used, before any work is done."""
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other: go on with a run, or replace it")
     if out.exists() and not out.is_dir():
@@ -213,16 +215,17 @@ def _claim(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
     if resume:
         saved = checkpoint.read_meta(out / "resume")["config"]
         _check_same(saved, config.to_dict())
-    elif any((out / name).exists() for name in RUN_FILES):
-        if not overwrite:
-            raise ConfigError(
-                f"{out} already holds a run: continue it (--resume), replace it (--overwrite), "
-                "or name another --out"
-            )
-        for name in RUN_FILES:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif not overwrite and any((out / name).exists() for name in RUN_FILES):
+        ways = "continue it (--resume), replace it (--overwrite), or name another --out"
+        raise ConfigError(f"{out} already holds a run: {ways}")
+
+
+def _clear(out: Path) -> None:
+    """An ``out`` without a run in it; other files stay."""
     out.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _check_same(saved: dict[str, Any], new: dict[str, Any]) -> None:
