@@ -19,6 +19,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.model import EveryLoop, KVCache, LastLoop, MoEFFN, OpenMythos
 from open_mythos.model.recurrence import HaltingWeights
 from open_mythos.model.transformer import _check_ids, _check_loops
+from open_mythos.weights.pretrained import assemble, skeleton
 
 __all__ = ["Trace", "kv_footprint", "latent_path", "trace"]
 
@@ -274,9 +275,10 @@ def kv_footprint(cfg: MythosConfig, tokens: int, loops: int) -> Record:
     }  # fmt: skip
     bars = []
     for attention in ("mla", "gqa"):
-        with torch.device("meta"):
-            model = OpenMythos(cfg.replace(attn_type=attention, **least)).eval()
-        model = model.to_empty(device="cpu")  # Only sizes count: drawing weights would take most of the time.
+        model = skeleton(cfg.replace(attn_type=attention, **least))
+        # Only sizes count: zeros, because drawing the weights of a large config would take most of the time.
+        zeros = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
+        model = assemble(model, zeros).eval()
         for policy in (EveryLoop(), LastLoop()):
             cache = KVCache(policy)
             model(torch.zeros(1, tokens, dtype=torch.int64), n_loops=loops, kv_cache=cache)

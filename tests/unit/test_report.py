@@ -144,10 +144,9 @@ def test_text_from_outside_is_escaped_and_no_place_of_this_machine_is_told(runs:
 def test_records_alone_give_the_same_page_and_the_same_model_the_same_records(runs: list[Path]):
     html = _html(runs)
     assert page([read_run(run) for run in runs]) == html
-    files = {file: file.read_bytes() for run in runs for file in (run / "records").iterdir()}
-    for run in runs:
-        make_records(read_run(run))
-    assert {file: file.read_bytes() for run in runs for file in (run / "records").iterdir()} == files
+    files = {file: file.read_bytes() for file in (runs[1] / "records").iterdir()}
+    make_records(read_run(runs[1]))
+    assert {file: file.read_bytes() for file in (runs[1] / "records").iterdir()} == files
 
 
 def test_samples_are_at_one_four_and_sixteen_loops(runs: list[Path]):
@@ -221,7 +220,8 @@ def test_a_rise_that_is_lost_again_is_told():
     ("token", "source", "label"),
     [
         (65, "text", "A"), (32, "text", "·"), (10, "text", r"\n"), (7, "text", r"\x07"),
-        (200, "text", r"\xc8"), (256, "text", "BOS"), (300, "text", "300"), (2, "parity", "1"), (3, "parity", "BOS"),
+        (200, "text", r"\xc8"), (256, "text", "BOS"), (300, "text", "300"),
+        (2, "parity", "1"), (3, "parity", "BOS"),
         (12, "digit_chain", "2"), (2, "addition", "="), (2, "khop", "?"),
     ],
 )  # fmt: skip
