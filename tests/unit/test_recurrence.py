@@ -329,7 +329,7 @@ def test_the_halting_head_is_a_probability_per_position() -> None:
 
 @pytest.mark.parametrize("n_loops", [1, 2, 5])
 def test_the_halting_loss_leaves_the_trunk_alone(n_loops: int) -> None:
-    """With the head at its start the last state is selected, as with halting off: same gradients everywhere."""
+    """With the head at its start the last state is selected: same gradients as with halting off."""
     ids, grads = torch.randint(0, 31, (4, 8)), {}
     for mode in ("select", "off"):
         model = build(halting=mode)
