@@ -6,7 +6,7 @@ Shape letters: B batch, S new tokens, C context tokens, D model width, T loops, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -301,6 +301,13 @@ class OpenMythos(nn.Module):
         from open_mythos.inference.generate import generate
 
         return generate(self, input_ids, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenMythos:
+        """Follow conversions and moves, and tie the head again: leaving ``meta`` makes two tensors of one."""
+        super()._apply(fn, recurse)
+        if self.cfg.tie_embeddings and self.head.weight is not self.embed.weight:
+            self.head.weight = self.embed.weight
+        return self
 
     def reset_parameters(self) -> None:
         """Draw fresh initial weights from torch's default generator, as ``cfg.init`` says; none on ``meta``."""
