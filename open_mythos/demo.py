@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,8 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     )
     report = out / "report.html"
     last = _Job("report", out, 0, _report_command(jobs, report), out / "report.log")
+    # A plain kill, such as that of `timeout`, would leave the trainings running.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for job in jobs:
             job.start()
@@ -115,6 +118,7 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     finally:
         for job in (*jobs, last):
             job.stop()
+        signal.signal(signal.SIGTERM, before)
     console.print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
     return report
 

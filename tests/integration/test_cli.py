@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -303,3 +307,24 @@ def test_an_interrupt_is_code_130(mythos, root: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr("open_mythos.training.trainer.train", stopped)
     result = mythos("train", root / "configs/smoke.toml", "--out", tmp_path / "run")
     assert result == Result(130, "", "mythos: error: interrupted\n")
+
+
+def test_a_killed_demo_leaves_no_training_behind(tmp_path: Path):
+    out = tmp_path / "demo"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "open_mythos.cli", "demo", "--out", str(out), *FEW, "train.steps=100000"],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("*.log"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        started.terminate()
+        assert started.wait(30) == 143
+        with pytest.raises(ProcessLookupError):  # the group is empty, the two trainings included
+            os.killpg(started.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
