@@ -90,11 +90,26 @@ def test_every_token_equals_a_plain_loop(experts: int, active: int, shared: int)
         torch.testing.assert_close(grad, slow, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(("experts", "active", "shared"), [(6, 2, 1), (5, 5, 0), (1, 1, 1), (512, 16, 2)])
+@torch.no_grad()
+def test_one_token_without_gradients_equals_a_plain_loop(experts: int, active: int, shared: int) -> None:
+    """The shape of every decoded token at batch one."""
+    moe = moe_of(build(n_experts=experts, n_experts_per_tok=active, n_shared_experts=shared)).double()
+    moe.router_bias.normal_(std=0.3)
+    for _ in range(5):
+        x = torch.randn(1, 1, D, dtype=torch.float64)
+        torch.testing.assert_close(moe(x), naive(moe, x), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_near_the_plain_loop(dtype: torch.dtype) -> None:
     """All experts active, because a choice may fall either way at low precision."""
     moe = moe_of(build(n_experts=8, n_experts_per_tok=8)).to(dtype)
     x = torch.randn(3, 7, D, dtype=dtype)
+    with torch.no_grad():
+        out = torch.stack([moe(token.view(1, 1, D)).view(D) for token in x.flatten(0, 1)]).view_as(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, moe(x).detach(), rtol=0.02, atol=0.05)
     out = moe(x)
     assert out.dtype == dtype
     reference = moe_of(build(n_experts=8, n_experts_per_tok=8)).double()

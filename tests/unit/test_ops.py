@@ -89,12 +89,13 @@ def test_attention_dropout_acts_on_the_weights() -> None:
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_latent_attention_is_attention_over_one_shared_head(new: int, masked: bool) -> None:
-    q, latent = torch.randn(2, 4, new, 7, dtype=F64), torch.randn(2, 9, 7, dtype=F64)
+    q, latent = torch.randn(2, new, 4, 7, dtype=F64), torch.randn(2, 9, 7, dtype=F64)
     mask = visible(new, 9) if masked else None
 
     def slow(q: Tensor, latent: Tensor) -> Tensor:
         shared = latent.unsqueeze(1)
-        return ops.attention_reference(q, shared, shared[..., :5], scale=0.4, mask=mask)
+        out = ops.attention_reference(q.transpose(1, 2), shared, shared[..., :5], scale=0.4, mask=mask)
+        return out.transpose(1, 2)
 
     fast = with_gradients(lambda *x: ops.latent_attention(*x, 5, scale=0.4, mask=mask), q, latent)
     torch.testing.assert_close(fast, with_gradients(slow, q, latent), rtol=0, atol=1e-12)
