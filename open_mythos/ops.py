@@ -19,6 +19,7 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_offsets",
+    "experts_of_one_token",
     "grouped_linear",
     "grouped_linear_reference",
     "latent_attention",
@@ -104,7 +105,7 @@ def latent_attention(
     cache; the value is the first ``rank`` channels of the key.
 
     Args:
-        q: (B, H, S, R + K_rope), queries in latent space, rope channels last.
+        q: (B, S, H, R + K_rope), queries in latent space, rope channels last.
         latent: (B, C, R + K_rope), the cache as stored.
         rank: R.
         scale: factor on the scores.
@@ -112,16 +113,21 @@ def latent_attention(
         dropout: probability on the attention weights.
 
     Returns:
-        (B, H, S, R).
+        (B, S, H, R).
     """
-    batch, heads, length, width = q.shape
+    batch, length, heads, width = q.shape
     if mask is not None:
-        mask = mask.expand(-1, heads, -1, -1).reshape(mask.shape[0], 1, heads * length, mask.shape[-1])
+        mask = mask.transpose(1, 2).expand(-1, -1, heads, -1).reshape(mask.shape[0], 1, length * heads, -1)
     shared = latent.unsqueeze(1)
     out = F.scaled_dot_product_attention(
-        q.reshape(batch, 1, heads * length, width), shared, shared, attn_mask=mask, dropout_p=dropout, scale=scale
+        q.reshape(batch, 1, length * heads, width),
+        shared,
+        shared,
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
     )
-    return out.view(batch, heads, length, width)[..., :rank]
+    return out.view(batch, length, heads, width)[..., :rank]
 
 
 def expert_offsets(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -220,6 +226,31 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tenso
     """
     blocks = x.split(counts.tolist())
     return torch.cat([block @ w for block, w in zip(blocks, weight.unbind(), strict=True)])
+
+
+def experts_of_one_token(x: Tensor, w_in: Tensor, w_out: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i w_i · Expert_i(x) for a single token on the CPU, without gradients: no sorting, each expert in place.
+
+    Args:
+        x: (1, D).
+        w_in: (E, D, 2F), gate and up side by side.
+        w_out: (E, F, D).
+        experts: (1, k).
+        weights: (1, k).
+
+    Returns:
+        (1, D).
+    """
+    chosen = experts[0].tolist()
+    hidden = x.new_empty((len(chosen), w_in.shape[-1]))
+    for row, expert in enumerate(chosen):
+        torch.mm(x, w_in[expert], out=hidden[row : row + 1])
+    gate, up = hidden.chunk(2, -1)
+    hidden = F.silu(gate) * up * weights.to(x.dtype).t()
+    out = torch.zeros_like(x)
+    for row, expert in enumerate(chosen):
+        out.addmm_(hidden[row : row + 1], w_out[expert])
+    return out
 
 
 def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:

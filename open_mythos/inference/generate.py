@@ -126,13 +126,13 @@ def _steps(model, ids, mask, max_new_tokens, n_loops, eos, cache, pick) -> Itera
     finished = torch.zeros_like(rows, dtype=torch.bool)
     fed, fed_mask = ids, mask
     for _ in range(max_new_tokens):
-        with _evaluating(model), torch.no_grad():
+        with _evaluating(model), torch.inference_mode():
             logits = model(fed, n_loops, cache, attention_mask=fed_mask)[rows, last]
             token = pick(logits)
         if eos is not None:
             token = token.masked_fill(finished, fill)
             finished = finished | (token == eos)
-        yield token
+        yield token.clone()  # an ordinary tensor, which may take part in training
         if eos is not None and bool(finished.all()):
             return
         fed, fed_mask, last = token.unsqueeze(1), None, torch.zeros_like(rows)
@@ -160,18 +160,19 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
+    kept = None
+    if top_k and top_k < logits.shape[-1]:
+        logits, kept = logits.topk(top_k)
     # The likeliest token at zero: a small temperature then gives -inf for the others, and no inf - inf.
     logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
-    if top_k and top_k < logits.shape[-1]:
-        lowest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -math.inf)
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ranked, order = probabilities.sort(-1, descending=True)
         # A token stays while the mass before it is short of top_p; so the likeliest always stays.
         dropped = ranked.cumsum(-1) - ranked >= top_p
         probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(dropped, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return (drawn if kept is None else kept.gather(-1, drawn)).squeeze(1)
 
 
 @contextmanager
@@ -198,7 +199,9 @@ def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[
     device = model.embed.weight.device
     if not isinstance(prompts, Tensor):
         if mask is not None:
-            raise ValueError("attention_mask is not allowed with a list of prompts: their lengths say what is padding")
+            raise ValueError(
+                "attention_mask is not allowed with a list of prompts: their lengths say what is padding"
+            )
         ids, mask = _pad_left(prompts, device)
         _check_range(ids, model.cfg.vocab_size)
         return ids, mask
@@ -218,7 +221,9 @@ def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[
     mask = mask.to(device) != 0
     if not bool(mask.any(1).all()):
         row = int((~mask.any(1)).nonzero()[0])
-        raise ValueError(f"attention_mask row {row} is all padding: every prompt must hold at least one token")
+        raise ValueError(
+            f"attention_mask row {row} is all padding: every prompt must hold at least one token"
+        )
     return ids, None if bool(mask.all()) else mask
 
 
@@ -235,14 +240,20 @@ def _check_prompt(i: int, prompt: object) -> None:
     else:
         fits = isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt)
     if not fits:
-        raise ValueError(f"input_ids[{i}] = {prompt!r} is not allowed: a prompt must be a list of ids or a 1-D tensor")
+        raise ValueError(
+            f"input_ids[{i}] = {prompt!r} is not allowed: a prompt must be a list of ids or a 1-D tensor"
+        )
     if len(prompt) == 0:  # type: ignore[arg-type]
         raise ValueError(f"input_ids[{i}] is empty: every prompt must hold at least one token")
 
 
-def _pad_left(prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _pad_left(
+    prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device
+) -> tuple[Tensor, Tensor]:
     if not isinstance(prompts, (list, tuple)):
-        raise ValueError(f"input_ids must be a tensor of ids or a list of prompts, got {type(prompts).__name__}")
+        raise ValueError(
+            f"input_ids must be a tensor of ids or a list of prompts, got {type(prompts).__name__}"
+        )
     if not prompts:
         raise ValueError("input_ids is an empty list: give at least one prompt")
     for i, prompt in enumerate(prompts):
@@ -258,7 +269,12 @@ def _pad_left(prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch
 
 
 def _whole(name: str, value: object, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
+    ):
         allowed = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name} = {value!r} is not allowed: it must be a whole number, {allowed}")
 
@@ -266,7 +282,9 @@ def _whole(name: str, value: object, low: int, high: int | None) -> None:
 def _check_sampling(temperature: object, top_k: object, top_p: object, seed: object) -> None:
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not number or not math.isfinite(temperature) or temperature < 0:  # type: ignore[operator]
-        raise ValueError(f"temperature = {temperature!r} is not allowed: it must be a finite number of at least 0")
+        raise ValueError(
+            f"temperature = {temperature!r} is not allowed: it must be a finite number of at least 0"
+        )
     if top_k is not None:
         _whole("top_k", top_k, 0, None)
     if top_p is not None:

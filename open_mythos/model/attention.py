@@ -5,7 +5,8 @@ Shape letters: B batch, S new tokens, C context tokens, H heads, G key/value hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,12 @@ class SequenceContext:
     """What every layer of one call shares: where its tokens stand and what they may see.
 
     Args:
-        rope: (2, B or 1, S, K/2) rotation table of the new tokens.
+        rope: (2, B or 1, S, 1, K) rotation table of the new tokens.
         mask: bool (B or 1, 1, S, C), True where a query may look; None when causality alone decides.
         cache: where keys and values are kept, or None.
         segments: (B, C) document of each column, -1 for padding; None without padding and documents.
         packed: the segments are documents.
+        memo: what is the same in every loop of this call, kept while no gradients are wanted.
     """
 
     rope: Tensor
@@ -35,6 +37,7 @@ class SequenceContext:
     cache: KVCache | None = None
     segments: Tensor | None = None
     packed: bool = False
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def past(self) -> int:
@@ -68,9 +71,10 @@ class GQAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
         """(B, S, D) → (B, S, D)."""
-        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        batch, new = x.shape[:2]
+        q = self.wq(x).view(batch, new, self.n_heads, self.head_dim)
+        k = self.wk(x).view(batch, new, self.n_kv_heads, self.head_dim)
+        v = self.wv(x).view(batch, new, self.n_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, ctx.rope), apply_rope(k, ctx.rope)
@@ -117,11 +121,11 @@ class MLAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
         """(B, S, D) → (B, S, D)."""
-        q = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_heads, -1))
+        q = self.q_up(self.q_norm(self.q_down(x))).view(*x.shape[:2], self.n_heads, -1)
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), -1)
-        q_rope = apply_rope(q_rope, ctx.rope)
         c, k_rope = self.kv_down(x).split((self.rank, self.rope_dim), -1)
-        k_rope = apply_rope(k_rope.unsqueeze(2), ctx.rope).squeeze(2)
+        turned = apply_rope(torch.cat((q_rope, k_rope.unsqueeze(2)), 2), ctx.rope)
+        q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]
         latent = torch.cat((self.kv_norm(c), k_rope), -1)
         latent = ctx.store(slot, latent=latent)["latent"]
         absorb = ctx.past > 0 and self._absorbing_pays(x.shape[1], latent.shape[1])
@@ -134,9 +138,11 @@ class MLAttention(nn.Module):
         over_latent = new * (2 * self.rank + self.rope_dim) + new * up / context
         return over_latent < up + new * (self.nope_dim + self.rope_dim + self.v_dim)
 
-    def _attend_expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, ctx: SequenceContext) -> Tensor:
+    def _attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, ctx: SequenceContext
+    ) -> Tensor:
         c, k_rope = latent.split((self.rank, self.rope_dim), -1)
-        k_nope, v = self.kv_up(c).unflatten(-1, (self.n_heads, -1)).split((self.nope_dim, self.v_dim), -1)
+        k_nope, v = self.kv_up(c).view(*c.shape[:2], self.n_heads, -1).split((self.nope_dim, self.v_dim), -1)
         k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)), -1)
         out = attention(
             torch.cat((q_nope, q_rope), -1).transpose(1, 2),
@@ -149,16 +155,20 @@ class MLAttention(nn.Module):
         )
         return out.transpose(1, 2).flatten(2)
 
-    def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, ctx: SequenceContext) -> Tensor:
+    def _attend_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, ctx: SequenceContext
+    ) -> Tensor:
         up = self.kv_up.weight.view(self.n_heads, self.nope_dim + self.v_dim, self.rank)
         w_uk, w_uv = up.split((self.nope_dim, self.v_dim), 1)
-        q = torch.cat((torch.einsum("bshn,hnr->bhsr", q_nope, w_uk), q_rope.transpose(1, 2)), -1)
+        batch, new = q_nope.shape[:2]
+        into_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)
         out = latent_attention(
-            q,
+            torch.cat((into_latent.reshape(batch, new, self.n_heads, self.rank), q_rope), -1),
             latent,
             self.rank,
             scale=self.scale,
             mask=ctx.mask,
             dropout=self.dropout if self.training else 0.0,
         )
-        return torch.einsum("bhsr,hvr->bshv", out, w_uv).flatten(2)
+        values = torch.bmm(out.flatten(0, 1).transpose(0, 1), w_uv.transpose(1, 2))
+        return values.transpose(0, 1).reshape(batch, new, -1)

@@ -90,9 +90,13 @@ class KVCache:
 
     def __init__(self, policy: LoopPolicy | None = None, capacity: int = 0) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
-            raise CacheError(f"capacity = {capacity!r} is not allowed: it must be a whole number of at least 0")
+            raise CacheError(
+                f"capacity = {capacity!r} is not allowed: it must be a whole number of at least 0"
+            )
         if policy is not None and (isinstance(policy, type) or not hasattr(policy, "slot")):
-            raise CacheError(f"policy = {policy!r} is not allowed: it must be EveryLoop(), LastLoop() or None")
+            raise CacheError(
+                f"policy = {policy!r} is not allowed: it must be EveryLoop(), LastLoop() or None"
+            )
         self.policy: LoopPolicy = EveryLoop() if policy is None else policy
         self.entries: dict[str, Entry] = {}
         self.segments: Tensor | None = None
@@ -114,13 +118,19 @@ class KVCache:
         cache = cls()
         cache.entries, cache._exact = entries, True
         for slot, entry in entries.items():
-            shapes = [t.shape[1] for t in entry.values() if isinstance(t, Tensor) and t.dim() >= 2] if (
-                isinstance(entry, dict)
-            ) else []
+            shapes = (
+                [t.shape[1] for t in entry.values() if isinstance(t, Tensor) and t.dim() >= 2]
+                if (isinstance(entry, dict))
+                else []
+            )
             if not shapes or len(shapes) != len(entry) or len(set(shapes)) != 1:
-                raise CacheError(f"kv_cache[{slot!r}] is not a slot: it must be a dict of (B, C, ...) tensors")
+                raise CacheError(
+                    f"kv_cache[{slot!r}] is not a slot: it must be a dict of (B, C, ...) tensors"
+                )
             if next(iter(entry.values())).shape[0] != cache.batch_size:
-                raise CacheError(f"kv_cache[{slot!r}] has another batch than the first slot, {cache.batch_size}")
+                raise CacheError(
+                    f"kv_cache[{slot!r}] has another batch than the first slot, {cache.batch_size}"
+                )
             cache.length = max(cache.length, shapes[0])
         return cache
 
@@ -178,14 +188,15 @@ class KVCache:
         """
         past = self.length
         if self.slot_length(slot) < past:
-            raise CacheError(f"{slot} holds {self.slot_length(slot)} of the {past} cached tokens: it was skipped before")
+            raise CacheError(
+                f"{slot} holds {self.slot_length(slot)} of the {past} cached tokens: it was skipped before"
+            )
         self._ensure(slot, new, past)
         entry: Entry = {}
         for name, tensor in new.items():
-            buffer = self._buffers[slot][name]
-            end = past + tensor.shape[1]
-            buffer[:, past:end] = tensor.detach()
-            entry[name] = buffer[:, :end]
+            buffer, count = self._buffers[slot][name], tensor.shape[1]
+            buffer.narrow(1, past, count).copy_(tensor.detach())
+            entry[name] = buffer.narrow(1, 0, past + count)
         self.entries[slot] = entry
         if torch.is_grad_enabled():
             return {name: torch.cat((entry[name][:, :past], tensor), 1) for name, tensor in new.items()}
@@ -195,21 +206,29 @@ class KVCache:
         """Buffers of the slot with room for the new tokens, the cached ones copied in."""
         if past and self.entries[slot].keys() != new.keys():
             held, brought = (" and ".join(names) for names in (self.entries[slot], new))
-            raise CacheError(f"the cache holds {held} in {slot}, but this model keeps {brought}: not its cache")
+            raise CacheError(
+                f"the cache holds {held} in {slot}, but this model keeps {brought}: not its cache"
+            )
         for name, tensor in new.items():
             need = past + tensor.shape[1]
-            old = self.entries[slot][name][:, :past] if past else tensor[:, :0]
-            if _layout(old) != _layout(tensor):
+            old = self.entries[slot][name] if past else None
+            if old is not None and _layout(old) != _layout(tensor):
                 raise CacheError(
-                    f"the cache holds {slot}/{name} as {old.dtype} of shape {tuple(old.shape)}, but this call "
-                    f"brings {tensor.dtype} of {tuple(tensor.shape)}: dtype, batch and widths must be equal"
+                    f"the cache holds {slot}/{name} as {old.dtype} of shape {tuple(old[:, :past].shape)}, but this "
+                    f"call brings {tensor.dtype} of {tuple(tensor.shape)}: dtype, batch and widths must be equal"
                 )
             buffer = self._buffers.get(slot, {}).get(name)
-            if buffer is not None and buffer.shape[1] >= need and not self._exact and _writable(buffer, tensor):
+            if (
+                buffer is not None
+                and buffer.shape[1] >= need
+                and not self._exact
+                and _writable(buffer, tensor)
+            ):
                 continue
             room = need if self._exact else max(need, self._capacity, past + past // 2)
             grown = tensor.new_empty((tensor.shape[0], room, *tensor.shape[2:]))
-            grown[:, :past] = old
+            if old is not None:
+                grown[:, :past] = old[:, :past]
             self._buffers.setdefault(slot, {})[name] = grown
 
     def commit(self, n_tokens: int, segments: Tensor | None, packed: bool = False) -> None:
@@ -231,7 +250,9 @@ class KVCache:
             CacheError: ``length`` is not within 0 … the cached length.
         """
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= self.length:
-            raise CacheError(f"length = {length!r} is not allowed: it must be 0 to {self.length}, the cached tokens")
+            raise CacheError(
+                f"length = {length!r} is not allowed: it must be 0 to {self.length}, the cached tokens"
+            )
         for slot in list(self.entries):
             entry = {name: tensor[:, :length] for name, tensor in self.entries[slot].items()}
             if length == 0:

@@ -20,7 +20,22 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) → (…, D), in x's dtype: under autocast the fused operator refuses a wider weight."""
+        if x.dtype == self.weight.dtype and not torch.is_grad_enabled() and _takes_short_way(x):
+            # The fused operator is six small ones on the CPU; at decode their number is what costs.
+            scale = (
+                torch.linalg.vector_norm(x, 2, -1, True)
+                .square_()
+                .mul_(1 / x.shape[-1])
+                .add_(self.eps)
+                .rsqrt_()
+            )
+            return (x * scale).mul_(self.weight)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def _takes_short_way(x: Tensor) -> bool:
+    """Exact enough in float32 and float64 only, and faster on the CPU only."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def rope_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,16 +51,17 @@ def rope_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype = t
         dtype: dtype of the model's activations.
 
     Returns:
-        (2, B or 1, S, K/2): cos, then sin.
+        (2, B or 1, S, 1, K): cos twice side by side, then −sin and sin.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=compute) / dim
     angles = positions.to(compute).unsqueeze(-1) * theta**-exponent
-    return torch.stack((angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).unsqueeze(-2)
 
 
 def precompute_rope_freqs(dim: int, max_len: int, theta: float = 500000.0) -> Tensor:
-    """:func:`rope_table` for positions 0 … max_len − 1, (2, 1, max_len, dim/2); the public release's name."""
+    """:func:`rope_table` for positions 0 … max_len − 1, (2, 1, max_len, 1, dim); the public release's name."""
     return rope_table(torch.arange(max_len).unsqueeze(0), dim, theta)
 
 
@@ -56,14 +72,13 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
 
     Args:
         x: (B, S, H, K).
-        freqs: (2, B or 1, S, K/2) from :func:`rope_table`.
+        freqs: (2, B or 1, S, 1, K) from :func:`rope_table`.
 
     Returns:
         (B, S, H, K), in x's dtype; the arithmetic runs in the table's dtype.
     """
-    cos, sin = freqs.unsqueeze(-2)
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    cos, sin = freqs
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Expert(nn.Module):

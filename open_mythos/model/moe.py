@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.layers import Expert
-from open_mythos.ops import combine, dispatch, expert_offsets, grouped_linear
+from open_mythos.ops import combine, dispatch, expert_offsets, experts_of_one_token, grouped_linear
 
 __all__ = ["MoEFFN"]
 
@@ -55,6 +55,9 @@ class MoEFFN(nn.Module):
         """(B, S, D) → (B, S, D)."""
         flat = x.reshape(-1, x.shape[-1])
         experts, weights = self.route(flat)
+        if len(flat) == 1 and flat.device.type == "cpu" and not torch.is_grad_enabled():
+            out = experts_of_one_token(flat, self.w_in, self.w_out, experts, weights)
+            return (out if self.shared is None else out + self.shared(flat)).view_as(x)
         order, counts = expert_offsets(experts, self.n_experts)
         if self.training and torch.is_grad_enabled():
             self.expert_load += counts

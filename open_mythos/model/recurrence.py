@@ -78,9 +78,20 @@ class LTIInjection(nn.Module):
         dtype = torch.promote_types(self.log_A.dtype, torch.float32)
         return _Decay.apply(self.log_A.to(dtype) + self.log_dt.to(dtype), self.LOW, self.HIGH)
 
-    def forward(self, h: Tensor, e: Tensor, transformer_out: Tensor) -> Tensor:
-        """State (B, S, D), injected input (B, S, D) and update (B, S, D) → next state (B, S, D)."""
-        return (self.get_A() * h + self.B * e + transformer_out).to(h.dtype)
+    def forward(
+        self, h: Tensor, e: Tensor, transformer_out: Tensor, memo: dict[str, Any] | None = None
+    ) -> Tensor:
+        """State (B, S, D), injected input (B, S, D) and update (B, S, D) → next state (B, S, D).
+
+        A and B ⊙ e are the same in every loop of a call: without gradients they are kept in ``memo``.
+        """
+        kept = None if memo is None or torch.is_grad_enabled() else memo.get("injection")
+        if kept is None or kept[0] is not e:
+            kept = (e, self.get_A(), self.B * e)
+            if memo is not None and not torch.is_grad_enabled():
+                memo["injection"] = kept
+        _, decay, drive = kept
+        return torch.addcmul(drive + transformer_out, decay, h).to(h.dtype)
 
     @torch.no_grad()
     def rescale(self, limit: float) -> float:
@@ -181,16 +192,36 @@ class HaltingWeights:
         self.mass: Tensor | None = None
         self.running: Tensor | None = None
 
+    def observe(self, h: Tensor, p: Tensor, out: Tensor) -> Tensor:
+        """``select`` in one pass: the state selected so far, (B, S, D).
+
+        A position takes every state up to the one at which it stops; so after the last loop it holds the
+        state that :meth:`next` gives the weight one.
+
+        Args:
+            h: state after this loop, (B, S, D).
+            p: its halting probabilities, (B, S).
+            out: what the previous call returned; not read at the first.
+        """
+        out = h if self.running is None else torch.where(self.running.unsqueeze(-1), h, out)
+        self._survive(p)
+        return out
+
+    def _survive(self, p: Tensor) -> None:
+        """Mass here is what has not halted, Π(1 − p)."""
+        left = 1 - (p if p.dtype == torch.float32 else p.to(torch.promote_types(p.dtype, torch.float32)))
+        self.mass = left if self.mass is None else self.mass * left
+        self.running = self.mass > 1 - self.threshold
+
     def next(self, p: Tensor, last: bool) -> Tensor:
         """Halting probabilities (B, S) of this loop, and whether it is the last → weights (B, S)."""
         p = p.to(torch.promote_types(p.dtype, torch.float32))
+        if self.mode == "select":
+            before = torch.ones_like(p, dtype=torch.bool) if self.running is None else self.running
+            self._survive(p)
+            return (before if last or self.running is None else before & ~self.running).to(p.dtype)
         if self.mass is None or self.running is None:
             self.mass, self.running = torch.zeros_like(p), torch.ones_like(p, dtype=torch.bool)
-        if self.mode == "select":
-            self.mass = self.mass + (1 - self.mass) * p
-            stop = self.running & ((self.mass >= self.threshold) | last)
-            self.running = self.running & ~stop
-            return stop.to(p.dtype)
         crossing = self.mass + p >= self.threshold
         if self.mode == "average" and last:
             crossing = torch.ones_like(crossing)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
@@ -44,12 +45,15 @@ class TransformerBlock(nn.Module):
         self.attn = MLAttention(cfg) if cfg.attn_type == "mla" else GQAttention(cfg)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn = MoEFFN(cfg) if use_moe else Expert(cfg.dim, cfg.dense_dim)
-        self.resid_drop = nn.Dropout(cfg.dropout)
+        self.dropout = cfg.dropout
 
     def forward(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
         """(B, S, D) → (B, S, D); keys and values go to ``slot`` of the context's cache."""
-        x = x + self.resid_drop(self.attn(self.attn_norm(x), ctx, slot))
-        return x + self.resid_drop(self.ffn(self.ffn_norm(x)))
+        x = x + self._drop(self.attn(self.attn_norm(x), ctx, slot))
+        return x + self._drop(self.ffn(self.ffn_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
 class RecurrentBlock(nn.Module):
@@ -83,7 +87,7 @@ class RecurrentBlock(nn.Module):
         update = out if self.cfg.block_output == "state" else out - x
         if self.lora is not None:
             update = update + self.lora(out, t)
-        h = self.injection(h, e, update)
+        h = self.injection(h, e, update, ctx.memo)
         return h if self.state_norm is None else self.state_norm(h)
 
 
@@ -176,8 +180,10 @@ class OpenMythos(nn.Module):
         for t in loops:
             h = self.step(h, e, t, ctx)
             p = self.recurrent.act(h.detach() if select else h)
-            weight = weights.next(p.detach() if select else p, last=t == loops[-1]).unsqueeze(-1)
-            out = torch.where(weight > 0, h, out) if select else out + weight.to(h.dtype) * h
+            if select:
+                out = weights.observe(h, p.detach(), out)
+            else:
+                out = out + weights.next(p, last=t == loops[-1]).unsqueeze(-1).to(h.dtype) * h
             if learn:
                 states.append(h.detach())
                 probabilities.append(p)
@@ -219,7 +225,9 @@ class OpenMythos(nn.Module):
             raise CacheError(f"kv_cache must be a KVCache, a dict or None, got {type(kv_cache).__name__}")
         cache = KVCache.wrap(kv_cache) if isinstance(kv_cache, dict) else kv_cache
         if isinstance(kv_cache, dict) and (attention_mask is not None or document_ids is not None):
-            raise CacheError("a plain dict keeps no padding or document marks: pass kv_cache=KVCache() with a mask")
+            raise CacheError(
+                "a plain dict keeps no padding or document marks: pass kv_cache=KVCache() with a mask"
+            )
         ctx = self.context(input_ids, attention_mask, document_ids, cache, start_pos)
         if cache is not None:
             cache.check_loops(n_loops)
@@ -261,7 +269,9 @@ class OpenMythos(nn.Module):
         batch, new = tokens.shape[:2]
         past = 0 if cache is None else cache.length
         if cache is not None and cache.batch_size not in (None, batch):
-            raise CacheError(f"the cache holds a batch of {cache.batch_size}, but input_ids has batch {batch}")
+            raise CacheError(
+                f"the cache holds a batch of {cache.batch_size}, but input_ids has batch {batch}"
+            )
         if start_pos is not None and (cache is not None or start_pos != 0) and start_pos != past:
             what = "no cache is given" if cache is None else f"the cache holds {past} tokens"
             raise CacheError(f"start_pos = {start_pos!r} is not allowed: {what}, so it must be {past}")
@@ -360,7 +370,9 @@ def rescale_spectral_radius(model: OpenMythos, limit: float = 0.9) -> float:
 
 def _check_loops(n_loops: int) -> None:
     if isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1:
-        raise ValueError(f"n_loops = {n_loops!r} is not allowed: it must be a whole number of at least 1, or None")
+        raise ValueError(
+            f"n_loops = {n_loops!r} is not allowed: it must be a whole number of at least 1, or None"
+        )
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:
@@ -369,7 +381,9 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"input_ids must be an int64 or int32 tensor of shape (B, S), got {got}")
     if ids.numel() == 0:
-        raise ValueError(f"input_ids has shape {tuple(ids.shape)}: it must hold at least one token in each row")
+        raise ValueError(
+            f"input_ids has shape {tuple(ids.shape)}: it must hold at least one token in each row"
+        )
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(x) for x in torch.aminmax(ids))
         if low < 0 or high >= vocab_size:
@@ -391,10 +405,14 @@ def _segments(
     if document_ids is not None and document_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         lowest = int(document_ids.min())
         if lowest < 0:
-            raise ValueError(f"document_ids contains {lowest}: it must be at least 0; mark padding in attention_mask")
+            raise ValueError(
+                f"document_ids contains {lowest}: it must be at least 0; mark padding in attention_mask"
+            )
     before = None if cache is None else cache.segments
     if cache is not None and cache.packed and document_ids is None:
-        raise CacheError("the cache holds packed documents: pass document_ids, which say what the new tokens continue")
+        raise CacheError(
+            "the cache holds packed documents: pass document_ids, which say what the new tokens continue"
+        )
     if attention_mask is None and document_ids is None and before is None:
         return None
     marks = torch.zeros(shape, dtype=torch.int64, device=tokens.device)
@@ -421,5 +439,3 @@ def _visibility(segments: Tensor | None, past: int, new: int, device: torch.devi
     if segments is not None:
         mask = mask & (segments[:, None, past:, None] == segments[:, None, None, :])
     return mask
-
-

@@ -1,0 +1,131 @@
+"""Training and generation speed on the CPU, ours against the public 0.5.0 release, in one run.
+
+Reference config S (docs/results/cpu_speed.md). Each side runs in its own process, turn by turn, so that both
+see the same machine; the figure to read is the ratio of medians. The release halts all tokens after two loops
+at initialisation; here both sides are made to run all loops, so that the work is equal.
+
+    pip download open-mythos==0.5.0 --no-deps -d peer && unzip -d peer/src peer/*.whl
+    python benchmarks/cpu_speed.py --upstream peer/src [--rounds 5] [--out docs/results/cpu_speed.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONFIG_S = {
+    "vocab_size": 4096,
+    "dim": 512,
+    "n_heads": 8,
+    "max_seq_len": 512,
+    "max_loop_iters": 8,
+    "prelude_layers": 1,
+    "coda_layers": 1,
+    "attn_type": "mla",
+    "kv_lora_rank": 128,
+    "q_lora_rank": 256,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_experts": 16,
+    "n_experts_per_tok": 4,
+    "expert_dim": 256,
+    "n_shared_experts": 1,
+    "lora_rank": 8,
+}
+LOOPS, BATCH, LENGTH, PROMPT, NEW = 8, 4, 256, 64, 64
+
+
+def measure(side: str, upstream: str) -> dict[str, float]:
+    """Tokens per second of one process: train, generate at batch 1 and 8."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.manual_seed(0)
+    if side == "upstream":
+        spec = importlib.util.spec_from_file_location("upstream", Path(upstream) / "open_mythos" / "main.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["upstream"] = module
+        spec.loader.exec_module(module)
+        model = module.OpenMythos(module.MythosConfig(**CONFIG_S, act_threshold=1e9))
+    else:
+        from open_mythos import MythosConfig, OpenMythos
+
+        model = OpenMythos(MythosConfig(**CONFIG_S))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(0, CONFIG_S["vocab_size"], (BATCH, LENGTH + 1))
+
+    def train() -> None:
+        optimizer.zero_grad()
+        logits = model(ids[:, :-1], n_loops=LOOPS)
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+
+    def rate(work: object, tokens: int, repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()  # type: ignore[operator]
+            times.append(time.perf_counter() - start)
+        return tokens / statistics.median(times)
+
+    train()
+    result = {"train": rate(train, BATCH * LENGTH, 4)}
+    model.eval()
+    for batch in (1, 8):
+        prompt = ids[:1, :PROMPT].repeat(batch, 1)
+        model.generate(prompt, max_new_tokens=2, n_loops=LOOPS)
+        result[f"generate_batch_{batch}"] = rate(
+            lambda prompt=prompt: model.generate(prompt, max_new_tokens=NEW, n_loops=LOOPS), batch * NEW, 3
+        )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", required=True, help="directory that contains the release's open_mythos package")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--side", choices=("ours", "upstream"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(measure(args.side, args.upstream)))
+        return
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "upstream": []}
+    for _ in range(args.rounds):
+        for side in runs:
+            command = [sys.executable, __file__, "--upstream", args.upstream, "--side", side]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+    import torch
+
+    report: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    report |= {"python": platform.python_version(), "threads": torch.get_num_threads(), "rounds": args.rounds}
+    report["command"] = f"python benchmarks/cpu_speed.py --upstream DIR --rounds {args.rounds}"
+    print(f"{'tokens/s':20}{'upstream':>10}{'ours':>10}{'ratio':>8}")
+    for key in runs["ours"][0]:
+        ours = statistics.median(run[key] for run in runs["ours"])
+        theirs = statistics.median(run[key] for run in runs["upstream"])
+        ratios = [a[key] / b[key] for a, b in zip(runs["ours"], runs["upstream"], strict=True)]
+        report[key] = {
+            "upstream": round(theirs, 1),
+            "ours": round(ours, 1),
+            "ratio": round(statistics.median(ratios), 2),
+            "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
+        }
+        print(f"{key:20}{theirs:10.1f}{ours:10.1f}{statistics.median(ratios):8.2f}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
