@@ -51,7 +51,8 @@ def measure(side: str, upstream: str) -> dict[str, float]:
     torch.manual_seed(0)
     if side == "upstream":
         spec = importlib.util.spec_from_file_location("upstream", Path(upstream) / "open_mythos" / "main.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules["upstream"] = module
         spec.loader.exec_module(module)
@@ -90,8 +91,12 @@ def measure(side: str, upstream: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upstream", required=True, help="directory that contains the release's open_mythos package")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--upstream", required=True, help="directory that contains the release's open_mythos package"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--side", choices=("ours", "upstream"), help=argparse.SUPPRESS)

@@ -135,6 +135,7 @@ class MythosConfig:
     pad_token_id: int | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MythosConfig:
+        """Refuse unknown fields with a hint, before the generated ``__init__`` refuses them without."""
         _refuse_unknown(cls, kwargs)
         return super().__new__(cls)
 
@@ -146,9 +147,13 @@ class MythosConfig:
     def _check_relations(self) -> None:
         if self.attn_type == "gqa":
             if self.n_kv_heads > self.n_heads:
-                raise _error("n_kv_heads", self.n_kv_heads, f"1 to n_heads ({self.n_heads}) when attn_type is 'gqa'")
+                raise _error(
+                    "n_kv_heads", self.n_kv_heads, f"1 to n_heads ({self.n_heads}) when attn_type is 'gqa'"
+                )
             if self.dim % self.n_heads:
-                raise _error("n_heads", self.n_heads, f"a divisor of dim ({self.dim}) when attn_type is 'gqa'")
+                raise _error(
+                    "n_heads", self.n_heads, f"a divisor of dim ({self.dim}) when attn_type is 'gqa'"
+                )
             if self.head_dim % 2:
                 allowed = f"dim / n_heads even, but it is {self.head_dim} (rotary pairs)"
                 raise _error("n_heads", self.n_heads, allowed)
@@ -342,7 +347,9 @@ def _check_value(name: str, value: Any, rule: _Int | _Float | _Choice | type) ->
         if value is None and rule.optional:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < rule.low:
-            raise _error(name, value, f"{'None or ' if rule.optional else ''}a whole number of at least {rule.low}")
+            raise _error(
+                name, value, f"{'None or ' if rule.optional else ''}a whole number of at least {rule.low}"
+            )
     elif isinstance(rule, _Float):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not (rule.low <= value <= rule.high) or not abs(value) <= sys.float_info.max:

@@ -281,7 +281,7 @@ def _whole(name: str, value: object, low: int, high: int | None) -> None:
 
 def _check_sampling(temperature: object, top_k: object, top_p: object, seed: object) -> None:
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not number or not math.isfinite(temperature) or temperature < 0:  # type: ignore[operator]
+    if not number or not 0 <= temperature < math.inf:  # type: ignore[operator]
         raise ValueError(
             f"temperature = {temperature!r} is not allowed: it must be a finite number of at least 0"
         )

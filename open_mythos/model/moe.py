@@ -78,7 +78,9 @@ class MoEFFN(nn.Module):
         return experts, logits.gather(-1, experts).softmax(-1)
 
     def _routed(self, flat: Tensor, weights: Tensor, order: Tensor, counts: Tensor) -> Tensor:
-        w_in, w_out, rows = self.w_in, self.w_out, flat
+        w_in: Tensor = self.w_in
+        w_out: Tensor = self.w_out
+        rows = flat
         if torch.is_autocast_enabled(flat.device.type):
             dtype = torch.get_autocast_dtype(flat.device.type)
             w_in, w_out, rows = w_in.to(dtype), w_out.to(dtype), flat.to(dtype)

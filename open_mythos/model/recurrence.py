@@ -42,7 +42,7 @@ class _Decay(torch.autograd.Function):
         return torch.exp(-torch.exp(s.clamp(low, high)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (s,) = ctx.saved_tensors
         low, high = ctx.bounds
         inside = s.clamp(low, high)
@@ -265,10 +265,10 @@ class _AttachLoss(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, ctx.loss_like
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """x unchanged; backward through it also descends ``loss`` with weight one, in anybody's training loop."""
+    """The same x; backward through it also descends ``loss`` with weight one, in anybody's training loop."""
     return _AttachLoss.apply(x, loss)
