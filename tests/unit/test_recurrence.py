@@ -329,10 +329,12 @@ def test_the_halting_head_is_a_probability_per_position() -> None:
 
 @pytest.mark.parametrize("n_loops", [1, 2, 5])
 def test_the_halting_loss_leaves_the_trunk_alone(n_loops: int) -> None:
-    """With the head at its start the last state is selected: same gradients as with halting off."""
+    """With a threshold out of reach the last state is selected: same gradients as with halting off."""
     ids, grads = torch.randint(0, 31, (4, 8)), {}
     for mode in ("select", "off"):
-        model = build(halting=mode)
+        model = build(halting=mode, act_threshold=2.0)
+        with torch.no_grad():
+            model.recurrent.act.halt.weight.normal_(std=0.3)
         model(ids, n_loops).square().mean().backward()
         grads[mode] = {name: p.grad for name, p in model.named_parameters() if ".act." not in name}
         head = [p.grad for p in model.recurrent.act.parameters()]
