@@ -231,7 +231,7 @@ class OpenMythos(nn.Module):
         ctx = self.context(input_ids, attention_mask, document_ids, cache, start_pos)
         if cache is not None:
             cache.check_loops(n_loops)
-        if self.training and torch.is_grad_enabled():
+        if self.training and not torch.is_inference_mode_enabled() and not _recomputing():
             self.update_router_bias()
         past = ctx.past
         try:
@@ -366,6 +366,11 @@ def rescale_spectral_radius(model: OpenMythos, limit: float = 0.9) -> float:
         ConfigError: ``limit`` is not inside (0, 1).
     """
     return model.recurrent.injection.rescale(limit)
+
+
+def _recomputing() -> bool:
+    """Whether a backward is running this forward again, which must then choose the same experts."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _check_loops(n_loops: int) -> None:
