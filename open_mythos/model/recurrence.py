@@ -69,9 +69,10 @@ class LTIInjection(nn.Module):
 
     def __init__(self, dim: int, b_init: float | None = None) -> None:
         super().__init__()
+        self.b_init = 1 - math.exp(-1) if b_init is None else b_init
         self.log_A = nn.Parameter(torch.zeros(dim))
         self.log_dt = nn.Parameter(torch.zeros(1))
-        self.B = nn.Parameter(torch.full((dim,), 1 - math.exp(-1) if b_init is None else b_init))
+        self.B = nn.Parameter(torch.full((dim,), self.b_init))
 
     def get_A(self) -> Tensor:
         """The decay of each channel, (D,), strictly inside (0, 1), float32 or wider."""

@@ -320,7 +320,10 @@ class OpenMythos(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Draw fresh initial weights from torch's default generator, as ``cfg.init`` says; none on ``meta``."""
+        """Draw fresh initial weights from torch's default generator, as ``cfg.init`` says; none on ``meta``.
+
+        Every parameter and buffer gets its initial value, also after ``to_empty``.
+        """
         if self.embed.weight.is_meta:  # nothing to draw, and torch's first normal_ there loads its compiler
             return
         scaled = self.cfg.init == "scaled"
@@ -332,13 +335,18 @@ class OpenMythos(nn.Module):
             elif isinstance(module, MoEFFN):
                 for weight in (module.w_in, module.w_out):
                     nn.init.normal_(weight, std=weight.shape[1] ** -0.5 if scaled else 0.02)
+                nn.init.zeros_(module.router_bias)
+                nn.init.zeros_(module.expert_load)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
         nn.init.normal_(self.embed.weight, std=self.cfg.dim**-0.5 if scaled else 0.02)
         self._reset_recurrence(scaled)
 
     def _reset_recurrence(self, scaled: bool) -> None:
-        act, lora = self.recurrent.act, self.recurrent.lora
+        act, lora, injection = self.recurrent.act, self.recurrent.lora, self.recurrent.injection
+        nn.init.zeros_(injection.log_A)
+        nn.init.zeros_(injection.log_dt)
+        nn.init.constant_(injection.B, injection.b_init)
         nn.init.constant_(act.halt.bias, act.bias_init)
         if scaled:
             nn.init.zeros_(act.halt.weight)

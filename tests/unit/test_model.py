@@ -86,6 +86,23 @@ def test_meta_construction_and_materialisation() -> None:
     assert torch.equal(model(some_ids(), 3), build()(some_ids(), 3))
 
 
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_reset_parameters_leaves_nothing_of_what_was_there(attn_type: str) -> None:
+    with torch.device("meta"):
+        model = OpenMythos(config(attn_type, state_norm=True))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(7)
+    fresh = build(attn_type, state_norm=True)
+    for each in (model, fresh):
+        torch.manual_seed(0)
+        each.reset_parameters()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+        assert not (tensor == 7).any(), name
+
+
 def test_deepcopy_is_independent_and_tied() -> None:
     model = build()
     twin = copy.deepcopy(model)
