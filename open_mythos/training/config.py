@@ -103,6 +103,8 @@ class DataConfig:
     def tokens(self, sized: bool = False) -> dict[str, int | None]:
         """Model fields that the data decides: vocab_size and the special ids.
 
+        The model is told of a BOS only when documents begin with one: it would never have learnt it.
+
         Args:
             sized: leave out a task's vocab_size, which takes importing torch.
         """
@@ -112,7 +114,7 @@ class DataConfig:
         byte = ByteTokenizer
         return {
             "vocab_size": byte.vocab_size,
-            "bos_token_id": byte.bos_id,
+            "bos_token_id": byte.bos_id if self.options["bos"] else None,
             "eos_token_id": byte.eos_id,
             "pad_token_id": byte.pad_id,
         }

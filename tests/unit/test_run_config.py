@@ -56,6 +56,13 @@ def test_text_decides_vocabulary_and_special_ids(tmp_path: Path):
     assert config.data.options == {"seq_len": 256, "bos": False, "text_field": "text"}
 
 
+@pytest.mark.parametrize("model", ['variant = "mythos_nano"', "dim = 64\nn_heads = 4"])
+def test_a_model_has_a_bos_only_when_documents_begin_with_one(tmp_path: Path, model: str):
+    path = text_config(tmp_path, model)
+    assert load_config(path).model.bos_token_id is None
+    assert load_config(path, ["data.bos=true"]).model.bos_token_id == 256
+
+
 def test_a_task_decides_the_vocabulary_of_a_variant(smoke: Path, tmp_path: Path):
     path = text_config(tmp_path)
     config = load_config(path, ["data.source=parity"])
