@@ -169,11 +169,12 @@ def generate(
     from open_mythos.weights import from_pretrained
 
     network = from_pretrained(folder)
-    if network.cfg.vocab_size < 256:
+    if network.cfg.eos_token_id != ByteTokenizer.eos_id:
         raise ConfigError(
-            f"{model} has vocab_size = {network.cfg.vocab_size}: it reads no bytes; try mythos eval"
+            f"{model} has eos_token_id = {network.cfg.eos_token_id}, not {ByteTokenizer.eos_id}: it reads no bytes; "
+            "try mythos eval, or model.generate(ids) in Python"
         )
-    ids = torch.tensor([ByteTokenizer().encode(prompt)])
+    ids = torch.tensor([ByteTokenizer().encode(prompt, bos=network.cfg.bos_token_id is not None)])
     tokens = stream(network, ids, max_new_tokens, loops, temperature, top_k, top_p=top_p, seed=seed)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sys.stdout.write(prompt)
