@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from open_mythos.config import ConfigError
+from open_mythos.tasks import Task
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.training.config import RunConfig
 from open_mythos.training.data import (
@@ -38,6 +39,7 @@ def train_stream(config: RunConfig) -> tuple[PackedDataset | TaskStream, dict[st
         if known < task.vocab_size:
             allowed = f"at least {task.vocab_size} for the task"
             raise ConfigError(f"model.vocab_size = {known} is not allowed: it must be {allowed}")
+        _check_lengths(config, task)
         return TaskStream(task, size, seed=seed), {"task": repr(task)}
     documents, report = _documents(config, "train")
     packed = _pack(documents, config, "train")
@@ -73,6 +75,23 @@ def evaluation_batches(
         left -= size
         if left <= 0:
             return
+
+
+def _check_lengths(config: RunConfig, task: Task) -> None:
+    """Refuse now what would end the run after its training: a sweep over sequences too long for the model."""
+    own, longest = getattr(task, task.difficulty), config.model.max_seq_len
+    hardest = own[1] if isinstance(own, tuple) else own
+    levels = [(f"data.{task.difficulty}", hardest), *(("eval.levels", level) for level in config.eval.levels)]
+    for name, level in levels:
+        least, most = task.bounds
+        if level < least or (most is not None and level > most):
+            allowed = f"{least} to {most}" if most is not None else f"at least {least}"
+            raise ConfigError(f"{name} = {level} is not allowed: for this task it must be {allowed}")
+        if task.width(level) > longest:
+            raise ConfigError(
+                f"{name} = {level} is not allowed: it makes sequences of {task.width(level)} tokens, more than "
+                f"model.max_seq_len ({longest})"
+            )
 
 
 def _documents(config: RunConfig, split: str) -> tuple[list[Document], dict[str, Any]]:

@@ -231,3 +231,20 @@ def test_evaluation_rows_are_the_same_every_time_and_as_many_as_asked(smoke: Pat
     assert first.shape == (19, 13)
     assert torch.equal(first, again)
     assert len({tuple(row.tolist()) for row in first}) > 15
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.length=64"], r"^data.length = 64 is not allowed: .* 65 tokens, more than model.max_seq_len \(64\)"),
+        (["data.length=[2, 64]"], r"^data.length = 64 is not allowed"),
+        (["eval.levels=[8, 64]"], r"^eval.levels = 64 is not allowed: .* more than model.max_seq_len"),
+        (["data.source=digit_chain", "eval.levels=[31]", "model.vocab_size=17"], r"^eval.levels = 31 .* 1 to 30$"),
+    ],
+)  # fmt: skip
+def test_sequences_too_long_for_the_sweep_are_refused_before_training(
+    smoke: Path, overrides: list[str], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        train_stream(load_config(smoke, overrides))
+    train_stream(load_config(smoke, ["data.length=63", "eval.levels=[63]"]))
