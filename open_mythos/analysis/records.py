@@ -150,7 +150,8 @@ def _one_thread() -> Iterator[None]:
 def _probe(run: Run, model: OpenMythos) -> dict[str, Record]:
     """All records of a run, by name."""
     depth = max(16, min(int(trained_max(run) or model.cfg.max_loop_iters), 32))
-    records = _task_records(run, model, depth) if run.task is not None else _text_records(model, depth)
+    task = run.task
+    records = _text_records(model, depth) if task is None else _task_records(run, task, model, depth)
     records["model"] = _model_record(model)
     # A config made for GQA leaves MLA's sizes at their defaults, which suit far larger models.
     if model.cfg.attn_type == "mla":
@@ -173,9 +174,7 @@ def _text_records(model: OpenMythos, depth: int) -> dict[str, Record]:
     return {**_look_inside(model, ids, mask, depth, labels), "samples": _samples(model)}
 
 
-def _task_records(run: Run, model: OpenMythos, depth: int) -> dict[str, Record]:
-    task = run.task
-    assert task is not None
+def _task_records(run: Run, task: Task, model: OpenMythos, depth: int) -> dict[str, Record]:
     levels = [int(n) for n in run.config.get("eval", {}).get("levels", [])]
     own = getattr(task, task.difficulty)
     hardest = max([*levels, own[1] if isinstance(own, tuple) else own])
@@ -187,7 +186,7 @@ def _task_records(run: Run, model: OpenMythos, depth: int) -> dict[str, Record]:
     records = _look_inside(model, batch.ids, (batch.ids != 0).long(), depth, labels)
     loops = [] if run.evaluation is None else next(iter(run.evaluation["splits"].values()))["loops"]
     records["answers"] = {
-        **_answers(model, task, batch, source, [int(n) for n in loops] or [1, 4, 16]),
+        **_answers(model, batch, source, [int(n) for n in loops] or [1, 4, 16]),
         "split": f"{task.difficulty} {hardest}",
     }
     return records
@@ -225,7 +224,7 @@ def _samples(model: OpenMythos) -> Record:
 
 
 @torch.no_grad()
-def _answers(model: OpenMythos, task: Task, batch: Batch, source: str, loops: Sequence[int]) -> Record:
+def _answers(model: OpenMythos, batch: Batch, source: str, loops: Sequence[int]) -> Record:
     """Share of right answers by position and loop count, and one sequence written out."""
     scored = batch.targets != IGNORE_INDEX
     columns = scored.any(0).nonzero().flatten()
