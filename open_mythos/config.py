@@ -66,8 +66,8 @@ class MythosConfig:
         tie_embeddings: the output head shares the embedding matrix.
         qk_norm: RMS-normalise each query and key head (GQA; MLA always normalises its latents).
         input_norm: RMS-normalise the prelude's output before it is injected.
-        initial_state: state before the first loop: the injected input (``"prelude"``), zeros, or a fresh unit
-            normal per position (``"random"``, arXiv 2502.05171).
+        initial_state: state before the first loop: the injected input (``"prelude"``), zeros, or while training
+            a fresh unit normal per position and zeros in evaluation (``"random"``, arXiv 2502.05171).
         block_output: what the looped block adds to the state: only its residual branches (``"update"``) or
             its whole output, input included (``"state"``, the public release).
         state_norm: RMS-normalise the state after each loop.

@@ -1,1 +1,1 @@
-"""Training: data, objective, optimiser, parallelism, checkpoints. Import the submodule you need."""
+"""Training: data, objective, optimiser, checkpoints, evaluation. Import the submodule you need."""
