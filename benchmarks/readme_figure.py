@@ -1,5 +1,7 @@
 """The README's picture and its figures, from the parity run of ``make demo``.
 
+To repeat::
+
     make demo && .venv/bin/python benchmarks/readme_figure.py runs/demo/parity docs/results
 """
 
