@@ -34,6 +34,7 @@ _HOMES = {
         "LTIInjection",
         "LastLoop",
         "LoRAAdapter",
+        "LoopPolicy",
         "MLAttention",
         "MoEFFN",
         "OpenMythos",
@@ -47,14 +48,23 @@ _HOMES = {
         "spectral_radius",
     ),
     "tokenizer": ("ByteTokenizer", "MythosTokenizer", "get_vocab_size", "load_tokenizer"),
-    "weights": ("from_pretrained", "load_upstream", "save_pretrained"),
+    "weights": (
+        "WeightsError",
+        "from_pretrained",
+        "load_upstream",
+        "save_pretrained",
+        "to_upstream_state_dict",
+    ),
     "inference.generate": ("generate", "stream"),
+    "analysis.probes": ("Trace", "trace"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *sorted(_MODULES)]
 
 if TYPE_CHECKING:
+    from open_mythos.analysis.probes import Trace as Trace
+    from open_mythos.analysis.probes import trace as trace
     from open_mythos.config import ConfigError as ConfigError
     from open_mythos.config import MythosConfig as MythosConfig
     from open_mythos.inference.generate import generate as generate

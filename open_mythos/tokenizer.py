@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+__all__ = ["ByteTokenizer", "MythosTokenizer", "get_vocab_size", "load_tokenizer"]
+
 
 class ByteTokenizer:
     """Token i is byte i; three special tokens follow. Nothing is trained and nothing is downloaded.
@@ -117,8 +119,7 @@ class MythosTokenizer:
         """V, the number of ids that ``encode`` may produce, added tokens included.
 
         OpenMythos up to 0.5.0 returned the ``vocab_size`` of the Hugging Face tokenizer, which leaves added
-        tokens
-        out: an embedding of that size is too small for the ids of chat and control tokens. This is
+        tokens out: an embedding of that size is too small for the ids of chat and control tokens. This is
         ``len(tokenizer)``.
         """
         return len(self.tokenizer)

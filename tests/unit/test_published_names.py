@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -64,6 +65,14 @@ def test_star_import_gives_every_public_name() -> None:
         "assert OpenMythos and mythos_1b and spectral_radius"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_every_public_name_of_a_room_is_there_for_type_checkers_and_at_run_time() -> None:
+    for room in ("model", "tokenizer", "weights"):
+        module = importlib.import_module(f"open_mythos.{room}")
+        inner = {"SequenceContext", "Snapshot"}  # made by the model and the cache, never by a user
+        assert set(module.__all__) - inner <= set(open_mythos.__all__), room
+    assert open_mythos.trace is importlib.import_module("open_mythos.analysis.probes").trace
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
