@@ -42,7 +42,7 @@ TABLE = {
     "inference": Row("config model tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),
     "demo": Row("config training", "rich"),
-    "__init__": Row("config inference model tokenizer training variants weights", "torch"),
+    "__init__": Row("analysis config inference model tokenizer training variants weights", "torch"),
     "cli": Row(
         "__init__ accounting analysis config demo inference kernels main model ops tasks tokenizer training "
         "variants weights",
