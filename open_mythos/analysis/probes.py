@@ -18,7 +18,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.model import EveryLoop, KVCache, LastLoop, MoEFFN, OpenMythos
 from open_mythos.model.recurrence import HaltingWeights
-from open_mythos.model.transformer import _check_ids, _check_loops
+from open_mythos.model.transformer import _check_ids, _check_loops, evaluating
 from open_mythos.weights.pretrained import assemble, skeleton
 
 __all__ = ["Trace", "kv_footprint", "latent_path", "trace"]
@@ -154,14 +154,8 @@ def trace(
     _check_ids(ids, model.cfg.vocab_size)
     ids = ids.to(model.embed.weight.device)
     mask = None if attention_mask is None else attention_mask.to(ids.device) != 0
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with _ExpertLoads(model, mask) as loads:
-            found = _run(model, ids, n_loops, mask, keep_states, entropy)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), _ExpertLoads(model, mask) as loads:
+        found = _run(model, ids, n_loops, mask, keep_states, entropy)
     return Trace(ids=ids.cpu(), expert_loads=torch.stack(loads.rows).cpu(), mask=_cpu(mask), **found)
 
 

@@ -6,7 +6,8 @@ Shape letters: B batch, S new tokens, C context tokens, D model width, T loops, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +29,14 @@ from open_mythos.model.recurrence import (
     loop_index_embedding,
 )
 
-__all__ = ["OpenMythos", "RecurrentBlock", "TransformerBlock", "rescale_spectral_radius", "spectral_radius"]
+__all__ = [
+    "OpenMythos",
+    "RecurrentBlock",
+    "TransformerBlock",
+    "evaluating",
+    "rescale_spectral_radius",
+    "spectral_radius",
+]
 
 
 class TransformerBlock(nn.Module):
@@ -357,6 +365,19 @@ class OpenMythos(nn.Module):
             else:
                 nn.init.normal_(lora.B, std=0.02)
                 nn.init.normal_(lora.scale.weight, std=0.02)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule is back in its own mode."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def spectral_radius(model: OpenMythos) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from open_mythos.config import ConfigError
 from open_mythos.model import OpenMythos
+from open_mythos.model.transformer import evaluating
 from open_mythos.tasks.base import IGNORE_INDEX
 from open_mythos.training.config import RunConfig
 from open_mythos.training.sources import evaluation_batches
@@ -62,16 +63,12 @@ def sweep(
         names |= {f"test@{level} {unit}": level for level in config.eval.levels}
     score = _accuracy if config.data.is_task else _bits
     splits: dict[str, Any] = {}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for name, level in names.items():
             if tell is not None:
                 tell(name)
             batches = list(evaluation_batches(config, "test", level))
             splits[name] = {"loops": chosen, "values": [score(model, batches, count) for count in chosen]}
-    finally:
-        model.train(training)
     return {
         "task": config.data.source if config.data.is_task else _text_name(config.data.source),
         "metric": "accuracy" if config.data.is_task else "bits_per_byte",
