@@ -163,14 +163,13 @@ def _watch(jobs: list[_Job], console: Console) -> None:
         tasks = [bars.add_task(job.name, total=job.steps, note="") for job in jobs]
         while True:
             running = [job.running() for job in jobs]
-            speak = not console.is_terminal and time.monotonic() - spoken >= _LINE_EVERY_S
-            for job, task in zip(jobs, tasks, strict=True):
-                step, note = job.note()
+            notes = [job.note() for job in jobs]
+            for task, (step, note) in zip(tasks, notes, strict=True):
                 bars.update(task, completed=step, note=note)
-                if speak:
-                    console.print(f"{job.name}: step {step}/{job.steps}  {note}")
-            if speak:
+            if not console.is_terminal and time.monotonic() - spoken >= _LINE_EVERY_S:
                 spoken = time.monotonic()
+                for job, (step, note) in zip(jobs, notes, strict=True):
+                    console.print(f"{job.name}: step {step}/{job.steps}  {note}")
             if not any(running):
                 return
             time.sleep(_POLL_S)
