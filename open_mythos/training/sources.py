@@ -10,15 +10,9 @@ from torch import Tensor
 from open_mythos.config import ConfigError
 from open_mythos.tasks import Task
 from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.training.batches import PackedDataset, TaskStream
 from open_mythos.training.config import RunConfig
-from open_mythos.training.data import (
-    Document,
-    PackedDataset,
-    TaskStream,
-    load_documents,
-    pack_documents,
-    split_documents,
-)
+from open_mythos.training.data import Document, load_documents, pack_documents, split_documents
 
 __all__ = ["evaluation_batches", "train_stream"]
 

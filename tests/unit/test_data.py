@@ -13,12 +13,11 @@ from torch import Tensor
 
 from open_mythos.tasks import Addition, Parity, split_of
 from open_mythos.tokenizer import ByteTokenizer, MythosTokenizer
+from open_mythos.training.batches import PackedDataset, TaskStream
 from open_mythos.training.data import (
     Corpus,
     Document,
-    PackedDataset,
     PackedTokens,
-    TaskStream,
     load_documents,
     pack_documents,
     python_corpus,
