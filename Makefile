@@ -44,8 +44,10 @@ distclean: clean ## the same, and .venv and runs as well
 
 .venv/.run: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[report]'
+	@$(BIN)/python -m open_mythos.kernels || true
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[report,data,hf,dev]'
+	@$(BIN)/python -m open_mythos.kernels || true
 	@touch .venv/.run $@

@@ -2,7 +2,8 @@
 
 Reference config S (docs/results/cpu_speed.md). Each side runs in its own process, turn by turn, so that both
 see the same machine; the figure to read is the ratio of medians. The release halts all tokens after two loops
-at initialisation; here both sides are made to run all loops, so that the work is equal.
+at initialisation; here both sides are made to run all loops, so that the work is equal. ``--kernels off`` leaves
+out the C kernels of open_mythos/kernels.py. ``--out`` writes JSON, and the table beside it as Markdown.
 
     pip download open-mythos==0.5.0 --no-deps -d peer && unzip -d peer/src peer/*.whl
     python benchmarks/cpu_speed.py --upstream peer/src [--rounds 5] [--out docs/results/cpu_speed.json]
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -43,7 +45,7 @@ CONFIG_S = {
 LOOPS, BATCH, LENGTH, PROMPT, NEW = 8, 4, 256, 64, 64
 
 
-def measure(side: str, upstream: str) -> dict[str, float]:
+def measure(side: str, upstream: str, training: bool) -> dict[str, float]:
     """Tokens per second of one process: train, generate at batch 1 and 8."""
     import torch
     import torch.nn.functional as F
@@ -78,8 +80,10 @@ def measure(side: str, upstream: str) -> dict[str, float]:
             times.append(time.perf_counter() - start)
         return tokens / statistics.median(times)
 
-    train()
-    result = {"train": rate(train, BATCH * LENGTH, 4)}
+    result = {}
+    if training:
+        train()
+        result["train"] = rate(train, BATCH * LENGTH, 4)
     model.eval()
     for batch in (1, 8):
         prompt = ids[:1, :PROMPT].repeat(batch, 1)
@@ -88,6 +92,33 @@ def measure(side: str, upstream: str) -> dict[str, float]:
             lambda prompt=prompt: model.generate(prompt, max_new_tokens=NEW, n_loops=LOOPS), batch * NEW, 3
         )
     return result
+
+
+def ready_kernels() -> str:
+    """Build the kernels before anything is timed, and say whether they are in use."""
+    from open_mythos import kernels
+
+    return kernels.status()
+
+
+def table(report: dict[str, object], keys: list[str]) -> str:
+    lines = ["# CPU speed against the public 0.5.0 release", ""]
+    lines += [
+        f"{report['date']}, torch {report['torch']}, {report['threads']} threads, float32, reference config S,"
+    ]
+    lines += [
+        f"{report['rounds']} interleaved rounds. {report['kernels']}",
+        "Figures are tokens per second: medians,",
+    ]
+    lines += ["and of the ratio also the range over rounds.", "", f"    {report['command']}", ""]
+    lines += ["| work | release | ours | ratio | range |", "|---|---|---|---|---|"]
+    for key in keys:
+        row = report[key]
+        assert isinstance(row, dict)
+        low, high = row["ratio_range"]
+        name = key.replace("_", " ")
+        lines.append(f"| {name} | {row['upstream']} | {row['ours']} | {row['ratio']} | {low} to {high} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -99,22 +130,36 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument(
+        "--kernels", choices=("on", "off"), default="on", help="off: our side on PyTorch alone"
+    )
+    parser.add_argument("--skip-training", action="store_true", help="measure generation only")
     parser.add_argument("--side", choices=("ours", "upstream"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, args.upstream)))
+        print(json.dumps(measure(args.side, args.upstream, not args.skip_training)))
         return
+    if args.kernels == "off":
+        os.environ["OPEN_MYTHOS_KERNELS"] = "0"
+    kernels = ready_kernels()
+    print(kernels)
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "upstream": []}
     for _ in range(args.rounds):
         for side in runs:
             command = [sys.executable, __file__, "--upstream", args.upstream, "--side", side]
+            command += ["--skip-training"] if args.skip_training else []
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             runs[side].append(json.loads(done.stdout.splitlines()[-1]))
     import torch
 
     report: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     report |= {"python": platform.python_version(), "threads": torch.get_num_threads(), "rounds": args.rounds}
+    report["kernels"] = kernels
     report["command"] = f"python benchmarks/cpu_speed.py --upstream DIR --rounds {args.rounds}"
+    if args.kernels == "off":
+        report["command"] = f"{report['command']} --kernels off"
+    if args.skip_training:
+        report["command"] = f"{report['command']} --skip-training"
     print(f"{'tokens/s':20}{'upstream':>10}{'ours':>10}{'ratio':>8}")
     for key in runs["ours"][0]:
         ours = statistics.median(run[key] for run in runs["ours"])
@@ -130,6 +175,7 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=2) + "\n")
+        args.out.with_suffix(".md").write_text(table(report, list(runs["ours"][0])))
 
 
 if __name__ == "__main__":
