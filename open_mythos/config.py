@@ -233,9 +233,11 @@ class MythosConfig:
         Raises:
             ConfigError: the text is not JSON, or a field is unknown or not allowed.
         """
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise ConfigError(f"a config must be JSON text, got {type(text).__name__}")
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not only bad JSON: endless digits, nesting, bad UTF-8
             raise ConfigError(f"config is not valid JSON: {error}") from error
         return cls.from_dict(fields)
 

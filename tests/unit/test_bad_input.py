@@ -132,6 +132,13 @@ def test_config(changes: dict[str, Any], message: str) -> None:
     ("call", "message"),
     [
         (lambda: MythosConfig.from_json("{"), "^config is not valid JSON: "),
+        (lambda: MythosConfig.from_json(b"\xff"), "^config is not valid JSON: .*decode"),  # type: ignore[arg-type]
+        (lambda: MythosConfig.from_json("[" * 10**5), "^config is not valid JSON: .*recursion"),
+        (
+            lambda: MythosConfig.from_json('{"dim": ' + "9" * 5000 + "}"),
+            "^config is not valid JSON: .*digits",
+        ),
+        (lambda: MythosConfig.from_json(None), "^a config must be JSON text, got NoneType$"),  # type: ignore[arg-type]
         (lambda: MythosConfig.from_json("[1]"), "^a config must be a JSON object of fields, got list$"),
         (lambda: MythosConfig.from_dict(None), "^a config must be a JSON object of fields, got NoneType$"),  # type: ignore[arg-type]
         (lambda: MythosConfig.from_dict({1: 2}), "^1 = 2 .* no such field"),  # type: ignore[dict-item]
