@@ -128,7 +128,10 @@ def from_pretrained(
     held, layers = sum(len(header.shapes) for header in headers), cfg.prelude_layers + cfg.coda_layers
     if layers > held:
         raise WeightsError(f"{folder / CONFIG} has {layers} layers, but the weights are only {held} tensors")
-    model = skeleton(cfg)
+    try:
+        model = skeleton(cfg)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for sizes beyond 64 bits
+        raise WeightsError(f"{folder / CONFIG} asks for tensors larger than any can be") from error
     _check_tensors(headers, model)
     place = torch.device("cpu" if device is None else device)
     state: dict[str, Tensor] = {}

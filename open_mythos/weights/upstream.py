@@ -71,6 +71,10 @@ def load_upstream(
         WeightsError: the file or state dict is none of upstream's, or a needed field is not known.
         ConfigError: a field is not allowed.
     """
+    if not isinstance(source, (Mapping, str, os.PathLike)):
+        raise WeightsError(f"source must be a state dict or the path of a file, got {type(source).__name__}")
+    if fields is not None and not isinstance(fields, Mapping):
+        raise WeightsError(f"fields must be a dict of config fields, got {type(fields).__name__}")
     content = source if isinstance(source, Mapping) else _read(Path(source))
     state, stored = _unpack(content)
     known = {**_stored_fields(stored), **dict(fields or {})}
@@ -135,6 +139,10 @@ def to_upstream_state_dict(model: OpenMythos, rope_tables: bool = True) -> State
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        raise WeightsError(
+            f"{path} is a directory: load_upstream takes a file; what save_pretrained wrote is for from_pretrained"
+        )
     if not path.is_file():
         raise WeightsError(f"{path} is missing")
     if path.suffix == ".safetensors":
@@ -154,7 +162,8 @@ def _read(path: Path) -> Mapping[str, Any]:
             "that could run code from the file; save it anew with torch.save(model.state_dict(), ...)"
         ) from error
     except Exception as error:  # a damaged file may raise anything inside the reader
-        raise WeightsError(f"{path} is not a readable torch file: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise WeightsError(f"{path} is not a readable torch file: {reason}") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds {type(content).__name__}: it must hold a dict of tensors")
     return content
@@ -337,3 +346,7 @@ def _check_state(state: Mapping[str, Tensor], cfg: MythosConfig) -> None:
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
             raise WeightsError(f"{name} has shape {tuple(state[name].shape)}, but the config says {shape}")
+        if not state[name].is_floating_point():
+            raise WeightsError(f"{name} has dtype {state[name].dtype}: it must be a floating dtype")
+        if state[name].is_meta:
+            raise WeightsError(f"{name} has no values: it is on the meta device")

@@ -288,6 +288,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(d / CONFIG, lambda c: c.update(dim=0)),
         r"config\.json: dim = 0 is",
     ),
+    "endless digits": (
+        lambda d: (d / CONFIG).write_text('{"dim": ' + "9" * 5000 + "}"),
+        r"config\.json: config is not valid JSON",
+    ),
+    "sizes beyond any tensor": (
+        lambda d: edit(d / CONFIG, lambda c: c.update(dim=10**12)),
+        r"config\.json asks for tensors larger than any can be$",
+    ),
+    "sizes beyond 64 bits": (
+        lambda d: edit(d / CONFIG, lambda c: c.update(vocab_size=10**30)),
+        r"config\.json asks for tensors larger than any can be$",
+    ),
     "endless layers": (
         lambda d: edit(d / CONFIG, lambda c: c.update(prelude_layers=10**9)),
         r"config\.json has 1000000002 layers",
@@ -518,6 +530,14 @@ UPSTREAM_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "untied": (lambda s: s.update({"head.weight": torch.ones(40, 32)}), r"head\.weight differs from embed"),
     "no tensors": (lambda s: s.update(step=3), "it holds step, which are no tensors"),
     "no embedding": (lambda s: s.pop("embed.weight"), r"it has no embed\.weight"),
+    "whole numbers": (
+        lambda s: s.update({"norm.weight": torch.ones(32, dtype=torch.int64)}),
+        r"norm\.weight has dtype torch\.int64: it must be a floating dtype$",
+    ),
+    "no values": (
+        lambda s: s.update({"embed.weight": s["embed.weight"].to("meta")}),
+        r"embed\.weight has no values: it is on the meta device$",
+    ),
 }
 
 
@@ -537,6 +557,16 @@ def test_fields_that_contradict_the_tensors_are_refused(name: str, value: float)
         WeightsError, match=rf"{name} = {value!r} is not allowed: the checkpoint's tensors say"
     ):
         load_upstream(state, {**FIELDS, name: value})
+
+
+def test_bad_arguments_of_load_upstream():
+    model, state = upstream_pair(attn_type="mla")
+    for source in (model, None, 3):
+        with pytest.raises(WeightsError, match=rf"^source must be .* got {type(source).__name__}$"):
+            load_upstream(source)  # type: ignore[arg-type]
+    for fields in (model.cfg, [1]):
+        with pytest.raises(WeightsError, match=rf"^fields must be a dict .* got {type(fields).__name__}$"):
+            load_upstream(state, fields)  # type: ignore[arg-type]
 
 
 class Trap:
@@ -567,6 +597,10 @@ def test_other_upstream_files_are_refused(tmp_path: Path):
     (tmp_path / "a.ckpt").write_text("")
     with pytest.raises(WeightsError, match=r"a\.ckpt is not allowed: it must end in"):
         load_upstream(tmp_path / "a.ckpt")
+    with pytest.raises(
+        WeightsError, match=r"is a directory: load_upstream takes a file; .* from_pretrained$"
+    ):
+        load_upstream(tmp_path)
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(WeightsError, match=r"list\.pt holds list"):
         load_upstream(tmp_path / "list.pt")
