@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from open_mythos import kernels
+from open_mythos.kernels import latent_outputs, latent_queries
 
 __all__ = [
     "attention",
     "attention_reference",
+    "bare",
     "combine",
     "dispatch",
     "expert_offsets",
@@ -23,7 +28,103 @@ __all__ = [
     "grouped_linear",
     "grouped_linear_reference",
     "latent_attention",
+    "latent_kernels_serve",
+    "latent_outputs",
+    "latent_queries",
+    "moe_of_few_tokens",
+    "rms_norm",
+    "rms_norm_reference",
+    "swiglu",
+    "swiglu_reference",
 ]
+
+
+def bare(module: nn.Module | None, kind: type) -> bool:
+    """Whether calling the module does what its class says on its own weight, so that a kernel may stand in.
+
+    Hooks, a replaced ``forward``, a parametrised or wrapped weight and a bias all say no.
+    """
+    if module is None or type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return (
+        "forward" not in module.__dict__
+        and module._parameters.get("bias") is None
+        and not _has_any_global_hook()
+    )
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norm of the last axis, x / sqrt(mean(x²) + eps) · weight; (…, D), (D,) → (…, D) in x's dtype.
+
+    Under autocast torch's operator refuses a weight wider than x.
+    """
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """:func:`rms_norm_reference`, on the CPU without gradients by a kernel or by fewer operators."""
+    width = x.shape[-1]
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype:
+        return rms_norm_reference(x, weight, eps)
+    if kernels.serves(x.numel() // width, x, weight):
+        return kernels.rms_norm(x, weight, eps)
+    if x.dtype not in (torch.float32, torch.float64):  # the short way is exact enough in these only
+        return rms_norm_reference(x, weight, eps)
+    # The fused operator is six small ones on the CPU; at decode their number is what costs.
+    scale = torch.linalg.vector_norm(x, 2, -1, True).square_().mul_(1 / width).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight)
+
+
+def swiglu_reference(x: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
+    """down(silu(gate) · up) with gate and up the halves of gate_up(x) (arXiv 2002.05202); (…, D) → (…, D)."""
+    gate, up = gate_up(x).chunk(2, -1)
+    return down(F.silu(gate) * up)
+
+
+def swiglu(x: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
+    """:func:`swiglu_reference`, for a few tokens on the CPU without gradients in one kernel."""
+    if not torch.is_grad_enabled() and bare(gate_up, nn.Linear) and bare(down, nn.Linear):
+        weights: Any = gate_up.weight, down.weight
+        if kernels.serves(x.numel() // x.shape[-1], x, *weights):
+            return kernels.swiglu(x, *weights)
+    return swiglu_reference(x, gate_up, down)
+
+
+def moe_of_few_tokens(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    shared: tuple[nn.Module, nn.Module] | None = None,
+) -> Tensor | None:
+    """Σ_i w_i · Expert_i(x) + Shared(x) in one kernel, or None where it does not serve.
+
+    Args:
+        x: (N, D).
+        w_in: (E, D, 2F), gate and up side by side.
+        w_out: (E, F, D).
+        experts: (N, k) int64.
+        weights: (N, k).
+        shared: the shared expert's gate_up and down, or None.
+
+    Returns:
+        (N, D) or None.
+    """
+    if torch.is_grad_enabled():
+        return None
+    linears: Any = shared or ()
+    if not all(bare(linear, nn.Linear) for linear in linears):
+        return None
+    dense = [linear.weight for linear in linears]
+    if not experts.is_contiguous() or not kernels.serves(len(x), x, w_in, w_out, weights, *dense):
+        return None
+    return kernels.moe(x, w_in, w_out, experts, weights, *dense)
+
+
+def latent_kernels_serve(x: Tensor, rope: Tensor, *weights: Tensor) -> bool:
+    """Whether :func:`latent_queries` and :func:`latent_outputs` may do MLA's decode step on x (B, S, D)."""
+    return not torch.is_grad_enabled() and kernels.serves(x.shape[0] * x.shape[1], x, rope, *weights)
 
 
 def _heads_to_groups(n_heads: int, n_groups: int, device: torch.device) -> Tensor:

@@ -6,36 +6,24 @@ Shape letters: B batch, S sequence, H heads, K head width, D model width, F hidd
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from open_mythos.ops import rms_norm, swiglu
 
 __all__ = ["Expert", "RMSNorm", "apply_rope", "precompute_rope_freqs", "rope_table"]
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467), on torch's fused operator."""
+    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467)."""
+
+    eps: float
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, D) → (…, D), in x's dtype: under autocast the fused operator refuses a wider weight."""
-        if x.dtype == self.weight.dtype and not torch.is_grad_enabled() and _takes_short_way(x):
-            # The fused operator is six small ones on the CPU; at decode their number is what costs.
-            scale = (
-                torch.linalg.vector_norm(x, 2, -1, True)
-                .square_()
-                .mul_(1 / x.shape[-1])
-                .add_(self.eps)
-                .rsqrt_()
-            )
-            return (x * scale).mul_(self.weight)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-def _takes_short_way(x: Tensor) -> bool:
-    """Exact enough in float32 and float64 only, and faster on the CPU only."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        """(…, D) → (…, D), in x's dtype."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,5 +84,4 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) → (…, D)."""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return swiglu(x, self.gate_up, self.down)

@@ -28,7 +28,7 @@ TABLE = {
     "config": Row(),
     "accounting": Row("config"),
     "variants": Row("config accounting"),
-    "ops": Row(packages="torch"),
+    "ops": Row("kernels", "torch"),
     "kernels": Row(packages="torch"),
     "model": Row("config ops", "torch"),
     "main": Row("config model ops", "torch"),
