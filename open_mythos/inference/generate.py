@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from open_mythos.model import KVCache, LoopPolicy, OpenMythos
+from open_mythos.model.transformer import evaluating
 
 __all__ = ["generate", "sample", "stream"]
 
@@ -37,7 +37,8 @@ def generate(
 
     Args:
         model: the model; its train/eval mode is left as it was.
-        input_ids: (B, S) ids, or a list of unequal prompts, which are padded on the left.
+        input_ids: (B, S) ids, or a list of unequal prompts, which are padded on the left with
+            ``cfg.pad_token_id``, or id 0.
         max_new_tokens: tokens to add, 0 to ``cfg.max_output_tokens``. The last one is never fed to the model,
             so prompt + new may exceed ``max_seq_len`` by one.
         n_loops: loops for every token; ``cfg.max_loop_iters`` when None.
@@ -105,9 +106,14 @@ def stream(
         _whole("eos_token_id", eos, 0, cfg.vocab_size - 1)
     longest = ids.shape[1] + max_new_tokens - 1
     if longest > cfg.max_seq_len:
+        room = cfg.max_seq_len - ids.shape[1] + 1
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {ids.shape[1]} tokens, more than max_seq_len = {cfg.max_seq_len}: shorten it"
+            )
         raise ValueError(
             f"max_new_tokens = {max_new_tokens} is not allowed: {ids.shape[1]} prompt tokens leave room for "
-            f"{cfg.max_seq_len - ids.shape[1] + 1} under max_seq_len = {cfg.max_seq_len}"
+            f"{room} under max_seq_len = {cfg.max_seq_len}"
         )
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
     cache = KVCache(cache_policy, capacity=max(longest, 0))
@@ -126,7 +132,7 @@ def _steps(model, ids, mask, max_new_tokens, n_loops, eos, cache, pick) -> Itera
     finished = torch.zeros_like(rows, dtype=torch.bool)
     fed, fed_mask = ids, mask
     for _ in range(max_new_tokens):
-        with _evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             logits = model(fed, n_loops, cache, attention_mask=fed_mask)[rows, last]
             token = pick(logits)
         if eos is not None:
@@ -175,19 +181,6 @@ def sample(
     return (drawn if kept is None else kept.gather(-1, drawn)).squeeze(1)
 
 
-@contextmanager
-def _evaluating(model: OpenMythos) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule is back in its own mode."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _last_real(mask: Tensor) -> Tensor:
     """Column of each row's last token, (B,)."""
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -202,7 +195,7 @@ def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[
             raise ValueError(
                 "attention_mask is not allowed with a list of prompts: their lengths say what is padding"
             )
-        ids, mask = _pad_left(prompts, device)
+        ids, mask = _pad_left(prompts, device, model.cfg.pad_token_id or 0)
         _check_range(ids, model.cfg.vocab_size)
         return ids, mask
     if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
@@ -248,7 +241,7 @@ def _check_prompt(i: int, prompt: object) -> None:
 
 
 def _pad_left(
-    prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device
+    prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device, pad: int
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(prompts, (list, tuple)):
         raise ValueError(
@@ -260,7 +253,7 @@ def _pad_left(
         _check_prompt(i, prompt)
     rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
     width = max(row.numel() for row in rows)
-    ids = torch.zeros((len(rows), width), dtype=torch.int64, device=device)
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64, device=device)
     mask = torch.zeros((len(rows), width), dtype=torch.bool, device=device)
     for i, row in enumerate(rows):
         ids[i, width - row.numel() :] = row

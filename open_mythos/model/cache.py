@@ -152,6 +152,10 @@ class KVCache:
         held = self._buffers or self.entries
         return sum(t.numel() * t.element_size() for entry in held.values() for t in entry.values())
 
+    def __bool__(self) -> bool:
+        """True also while empty, so that ``cache or KVCache()`` keeps the caller's."""
+        return True
+
     def __len__(self) -> int:
         return self.length
 

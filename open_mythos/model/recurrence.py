@@ -86,12 +86,14 @@ class LTIInjection(nn.Module):
 
         A and B ⊙ e are the same in every loop of a call: without gradients they are kept in ``memo``.
         """
-        kept = None if memo is None or torch.is_grad_enabled() else memo.get("injection")
-        if kept is None or kept[0] is not e:
-            kept = (e, self.get_A(), self.B * e)
-            if memo is not None and not torch.is_grad_enabled():
-                memo["injection"] = kept
-        _, decay, drive = kept
+        if memo is None or torch.is_grad_enabled() or self.B.is_inference():
+            decay, drive = self.get_A(), self.B * e
+        else:
+            state = (self.log_A._version, self.log_dt._version, self.B._version)
+            kept = memo.get("injection")
+            if kept is None or kept[0] is not e or kept[1] != state:
+                kept = memo["injection"] = (e, state, self.get_A(), self.B * e)
+            decay, drive = kept[2:]
         return torch.addcmul(drive + transformer_out, decay, h).to(h.dtype)
 
     @torch.no_grad()
@@ -106,7 +108,8 @@ class LTIInjection(nn.Module):
         decay = self.get_A().double()
         radius = decay.max()
         if radius > limit:
-            s = torch.log(-torch.log(decay * (limit / radius)))
+            # A hair inside, so that rounding to float32 does not lift the largest above the limit.
+            s = torch.log(-torch.log(decay * (limit * (1 - 2e-7) / radius)))
             log_dt = self.log_dt.double().clamp(self.LOW, self.HIGH)
             self.log_dt.copy_(log_dt)
             self.log_A.copy_(s - self.log_dt.double())
@@ -271,5 +274,9 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """The same x; backward through it also descends ``loss`` with weight one, in anybody's training loop."""
+    """The same x; backward through it also descends ``loss`` with weight one, in anybody's training loop.
+
+    The weight is one per backward whatever the caller's loss is multiplied by (gradient accumulation, loss
+    scaling), and what it sends to the halting head counts in a global gradient norm.
+    """
     return _AttachLoss.apply(x, loss)
