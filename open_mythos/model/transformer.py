@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -226,8 +227,7 @@ class OpenMythos(nn.Module):
         Raises:
             ValueError: an argument does not fit the model, the ids or the cache.
         """
-        n_loops = self.cfg.max_loop_iters if n_loops is None else n_loops
-        _check_loops(n_loops)
+        n_loops = _check_loops(self.cfg.max_loop_iters if n_loops is None else n_loops)
         _check_ids(input_ids, self.cfg.vocab_size)
         if not isinstance(kv_cache, (KVCache, dict, type(None))):
             raise CacheError(f"kv_cache must be a KVCache, a dict or None, got {type(kv_cache).__name__}")
@@ -402,11 +402,13 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _check_loops(n_loops: int) -> None:
-    if isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1:
+def _check_loops(n_loops: object) -> int:
+    """The count as an int; NumPy's whole numbers, from an arange in a notebook, are as good as ours."""
+    if isinstance(n_loops, bool) or not isinstance(n_loops, Integral) or n_loops < 1:
         raise ValueError(
             f"n_loops = {n_loops!r} is not allowed: it must be a whole number of at least 1, or None"
         )
+    return int(n_loops)
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:

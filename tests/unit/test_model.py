@@ -6,6 +6,7 @@ import copy
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -278,3 +279,12 @@ def test_autocast_matches_the_full_precision_model() -> None:
                 cache = KVCache()
                 near = torch.cat([model(part, 3, cache) for part in some_ids().split(3, 1)], 1)
         torch.testing.assert_close(near.float(), exact, rtol=0, atol=0.3)
+
+
+def test_numpy_counts_are_loop_counts() -> None:
+    model = build()
+    for n_loops in np.arange(1, 3):
+        assert torch.equal(model(some_ids(), n_loops), model(some_ids(), int(n_loops)))
+    for bad in (np.int64(0), np.float64(2.0), np.bool_(True), np.array([1, 2])):
+        with pytest.raises(ValueError, match=r"^n_loops = .* is not allowed: it must be a whole number"):
+            model(some_ids(), bad)
