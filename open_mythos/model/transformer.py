@@ -6,7 +6,7 @@ Shape letters: B batch, S new tokens, C context tokens, D model width, T loops, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -326,6 +326,23 @@ class OpenMythos(nn.Module):
         if self.cfg.tie_embeddings and self.head.weight is not self.embed.weight:
             self.head.weight = self.embed.weight
         return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As every module's, but a state dict of the public release is refused, also when not ``strict``:
+
+        a few of its tensors have our names, and only those would be loaded.
+
+        Raises:
+            ValueError: it is one of the public release's.
+        """
+        if any("ffn.routed_experts." in name for name in state_dict):
+            raise ValueError(
+                "this is a state dict of the public 0.5.0 release, whose layout differs: "
+                "load it with open_mythos.load_upstream"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def reset_parameters(self) -> None:
         """Draw fresh initial weights from torch's default generator, as ``cfg.init`` says; none on ``meta``.

@@ -559,6 +559,18 @@ def test_fields_that_contradict_the_tensors_are_refused(name: str, value: float)
         load_upstream(state, {**FIELDS, name: value})
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_upstream_state_is_not_loaded_in_part(strict: bool):
+    _, state = upstream_pair(attn_type="mla")
+    model = model_of()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"^this is a state dict of the public .* open_mythos\.load_upstream$"
+    ):
+        model.load_state_dict(state, strict=strict)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_bad_arguments_of_load_upstream():
     model, state = upstream_pair(attn_type="mla")
     for source in (model, None, 3):
