@@ -96,7 +96,10 @@ INLINE void add_tile(const float *w, i64 ldw, const float *const *x, i64 at, flo
     i64 c = from;
     for (; c + LANES <= to; c += LANES) {
         lanes row[4];
-        for (int r = 0; r < R; r++) row[r] = *(const lanes *)(w + r * ldw + c);
+        for (int r = 0; r < R; r++) {
+            __builtin_prefetch(w + (r + 2 * R) * ldw + c); /* the rows after next; past the end it does nothing */
+            row[r] = *(const lanes *)(w + r * ldw + c);
+        }
         for (int t = 0; t < T; t++) {
             lanes sum = *(const lanes *)(y[t] + c);
             for (int r = 0; r < R; r++) sum += row[r] * x[t][at + r];
