@@ -271,6 +271,8 @@ def report(
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about these runs."""
+    if out.is_dir():
+        raise ConfigError(f"out = {str(out)!r} is a directory: it must be the HTML file to write")
     for run in runs:
         _run_record(run)
     from open_mythos.analysis.report import build_report

@@ -262,6 +262,7 @@ def test_demo_tells_which_run_failed(mythos, tmp_path: Path, monkeypatch: pytest
         (["inspect", "mythos_nano", "--budget", "lots"], "'lots' is not a parameter count"),
         (["inspect", "mythos_nano", "--budget", "10"], "budget = 10 parameters is not allowed"),
         (["report", "{tmp}"], "is not a run directory"),
+        (["report", "{tmp}", "--out", "{tmp}"], "is a directory: it must be the HTML file to write"),
         (["demo", "train.stesp=1", "--out", "{tmp}/demo"], "did you mean 'steps'"),
     ],
 )  # fmt: skip
