@@ -363,6 +363,8 @@ def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.device.type == "cuda":
         return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if torch.compiler.is_compiling():
+        return x.dtype == torch.bfloat16  # the shape rule that tracing runs knows no other
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -264,9 +265,9 @@ def _pad_left(
 def _whole(name: str, value: object, low: int, high: int | None) -> None:
     if (
         isinstance(value, bool)
-        or not isinstance(value, int)
+        or not isinstance(value, Integral)
         or value < low
-        or (high is not None and value > high)
+        or (high is not None and int(value) > high)
     ):
         allowed = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name} = {value!r} is not allowed: it must be a whole number, {allowed}")

@@ -288,3 +288,15 @@ def test_numpy_counts_are_loop_counts() -> None:
     for bad in (np.int64(0), np.float64(2.0), np.bool_(True), np.array([1, 2])):
         with pytest.raises(ValueError, match=r"^n_loops = .* is not allowed: it must be a whole number"):
             model(some_ids(), bad)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # torch's tracer does it
+def test_the_compiled_model_computes_the_same() -> None:
+    """Traced, not lowered: what a compiler sees must be free of what it cannot take."""
+    model = build("gqa")
+    ids = torch.randint(0, model.cfg.vocab_size, (2, 6))
+    plain = model(ids, n_loops=2)
+    compiled = torch.compile(model, backend="aot_eager")(ids, n_loops=2)
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
