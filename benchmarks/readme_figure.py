@@ -19,7 +19,12 @@ def main(run: Path, out: Path) -> None:
     meta = json.loads((run / "run.json").read_text())
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo_parity.png").write_bytes(plots.to_png(plots.quality(evaluation)))
-    record = {"command": "make demo", "versions": meta.get("versions"), "seed": meta.get("seed"), **evaluation}
+    record = {
+        "command": "make demo",
+        "versions": meta.get("versions"),
+        "seed": meta.get("seed"),
+        **evaluation,
+    }
     (out / "demo_parity.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

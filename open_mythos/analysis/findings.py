@@ -54,9 +54,10 @@ def find(evaluation: Record, subject: str) -> Finding:
     numbers = ", ".join(f"{_value(curve[n], share)} at {count_loops(n)}" for n in sorted(shown))
     headline = f"{subject}, {hardest}: {numbers}; trained with at most {most}."
     ends = [n for n in (few, best or trained) if n in curve]
-    short = f"{hardest}: " + ", ".join(
-        f"{_value(curve[n], share)} at {count_loops(n)}" for n in sorted({*ends})
-    )
+    # A title has room for the unit once.
+    told = (_value(curve[n], share) if share else f"{curve[n]:.3f}" for n in sorted({*ends}))
+    pairs = zip(told, (count_loops(n) for n in sorted({*ends})), strict=True)
+    short = ("" if share else "bits per byte, ") + f"{hardest}: " + ", ".join(f"{v} at {n}" for v, n in pairs)
     if best is None:
         return Finding(headline, short, "No loop count beyond the trained ones was tried.", False)
     verdict = _verdict(curve, evaluation["metric"], few, trained, best, max(curve))
