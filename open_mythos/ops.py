@@ -24,7 +24,6 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_offsets",
-    "experts_of_one_token",
     "grouped_linear",
     "grouped_linear_reference",
     "latent_attention",
@@ -327,31 +326,6 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tenso
     """
     blocks = x.split(counts.tolist())
     return torch.cat([block @ w for block, w in zip(blocks, weight.unbind(), strict=True)])
-
-
-def experts_of_one_token(x: Tensor, w_in: Tensor, w_out: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """Σ_i w_i · Expert_i(x) for a single token on the CPU, without gradients: no sorting, each expert in place.
-
-    Args:
-        x: (1, D).
-        w_in: (E, D, 2F), gate and up side by side.
-        w_out: (E, F, D).
-        experts: (1, k).
-        weights: (1, k).
-
-    Returns:
-        (1, D).
-    """
-    chosen = experts[0].tolist()
-    hidden = x.new_empty((len(chosen), w_in.shape[-1]))
-    for row, expert in enumerate(chosen):
-        torch.mm(x, w_in[expert], out=hidden[row : row + 1])
-    gate, up = hidden.chunk(2, -1)
-    hidden = F.silu(gate) * up * weights.to(x.dtype).t()
-    out = torch.zeros_like(x)
-    for row, expert in enumerate(chosen):
-        out.addmm_(hidden[row : row + 1], w_out[expert])
-    return out
 
 
 def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:

@@ -20,7 +20,6 @@ from open_mythos.ops import (
     combine,
     dispatch,
     expert_offsets,
-    experts_of_one_token,
     grouped_linear,
     moe_of_few_tokens,
 )
@@ -66,9 +65,6 @@ class MoEFFN(nn.Module):
         fused = self._fused(flat, experts, weights)
         if fused is not None:
             return fused.view_as(x)
-        if len(flat) == 1 and flat.device.type == "cpu" and not torch.is_grad_enabled():
-            out = experts_of_one_token(flat, self.w_in, self.w_out, experts, weights)
-            return (out if self.shared is None else out + self.shared(flat)).view_as(x)
         order, counts = expert_offsets(experts, self.n_experts)
         if self.training and torch.is_grad_enabled():
             self.expert_load += counts

@@ -150,7 +150,8 @@ def test_truncated_gradient_is_that_of_the_last_loops(halting: str, initial_stat
     objective.loss(net, data, plan).backward()
     for (name, p), q in zip(net.named_parameters(), reference.named_parameters(), strict=True):
         assert (p.grad is None) == (q[1].grad is None), name
-        assert p.grad is None or torch.equal(p.grad, q[1].grad), name
+        # Not to the bit: without gradients a norm sums in another order.
+        assert p.grad is None or torch.allclose(p.grad, q[1].grad, rtol=1e-10, atol=1e-12), name
 
     full = copy.deepcopy(reference)
     full.zero_grad()
