@@ -208,3 +208,12 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def test_the_readmes_ten_lines_run() -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code[0], names)
+    assert len(code[0].splitlines()) <= 10
+    assert tuple(names["more"].shape) == (1, 40)  # type: ignore[attr-defined]
+    assert tuple(names["deep"].shape) == (1, 32, 259)  # type: ignore[attr-defined]
