@@ -29,7 +29,7 @@ def test_no_file_holds_a_machine_path(root: Path):
 @pytest.mark.parametrize("folder", ["work", "root", "opt", "home", "Users", "tmp"])
 def test_a_machine_path_is_found(tmp_path: Path, folder: str):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    (tmp_path / "good.md").write_text(f"see docs/work/x, a/{folder}/b and ./tmp/c\n", encoding="utf-8")
+    (tmp_path / "good.md").write_text(f"see docs/{folder}/x, a/{folder}/b and ./tmp/c\n", encoding="utf-8")
     assert _machine_paths(tmp_path) == []
     (tmp_path / "bad.md").write_text(f"open '/{folder}/main/x'\n", encoding="utf-8")
     assert [line.split(":")[0] for line in _machine_paths(tmp_path)] == ["bad.md"]
