@@ -1,0 +1,199 @@
+"""How many loops a training step runs, and through how many of the last ones it sends gradients.
+
+Shape letters: B batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from open_mythos.config import ConfigError
+
+__all__ = [
+    "Fixed",
+    "LogNormalPoisson",
+    "LoopDistribution",
+    "LoopPlan",
+    "Progressive",
+    "Uniform",
+    "loop_distribution",
+]
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """Loops of one forward pass.
+
+    Attributes:
+        n_free: loops that run first, without gradient.
+        n_grad: loops that follow and are backpropagated through.
+    """
+
+    n_free: int
+    n_grad: int
+
+    def __post_init__(self) -> None:
+        _whole("n_free", self.n_free, 0)
+        _whole("n_grad", self.n_grad, 1)
+
+    @property
+    def total(self) -> int:
+        """All loops."""
+        return self.n_free + self.n_grad
+
+
+class LoopDistribution(Protocol):
+    """Where each step's number of loops comes from."""
+
+    def sample(self, generator: torch.Generator) -> LoopPlan:
+        """Draw one plan; every rank that holds the same generator state draws the same."""
+
+    @property
+    def mean(self) -> float:
+        """Expected number of loops, with and without gradient."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always ``loops`` loops, the last ``backprop`` of them with gradient (all when None)."""
+
+    loops: int
+    backprop: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("loops", self.loops, 1)
+        if self.backprop is not None:
+            _whole("backprop", self.backprop, 1)
+
+    @property
+    def mean(self) -> float:
+        """``loops``."""
+        return float(self.loops)
+
+    def sample(self, generator: torch.Generator) -> LoopPlan:
+        """The one plan; draws nothing."""
+        return _truncated(self.loops, self.backprop)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """p ~ U{low … high} loops, the last ``backprop`` of them with gradient (all when None)."""
+
+    low: int
+    high: int
+    backprop: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("low", self.low, 1)
+        _whole("high", self.high, self.low)
+        if self.backprop is not None:
+            _whole("backprop", self.backprop, 1)
+
+    @property
+    def mean(self) -> float:
+        """Midway between low and high."""
+        return (self.low + self.high) / 2
+
+    def sample(self, generator: torch.Generator) -> LoopPlan:
+        """Draw one plan."""
+        return _truncated(_draw(self.low, self.high, generator), self.backprop)
+
+
+@dataclass(frozen=True)
+class LogNormalPoisson:
+    """A heavy-tailed number of loops, backpropagated through the last few (arXiv 2502.05171, section 3.3):
+
+        τ ~ LogNormal(ln r − σ²/2, σ),   p = Poisson(τ) + 1,   n_free = max(p − k, 0),   n_grad = min(p, k)
+
+    Attributes:
+        rate: r, the mean of τ.
+        sigma: σ.
+        backprop: k.
+    """
+
+    rate: float
+    sigma: float = 0.5
+    backprop: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in (("rate", self.rate), ("sigma", self.sigma)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value <= 0:
+                raise ConfigError(f"{name} = {value!r} is not allowed: it must be a finite number above 0")
+        _whole("backprop", self.backprop, 1)
+
+    @property
+    def mean(self) -> float:
+        """The rate plus one, because E[τ] = r."""
+        return self.rate + 1.0
+
+    def sample(self, generator: torch.Generator) -> LoopPlan:
+        """Draw one plan."""
+        normal = torch.randn((), generator=generator, dtype=torch.float64)
+        tau = torch.exp(math.log(self.rate) - self.sigma**2 / 2 + self.sigma * normal)
+        return _truncated(int(torch.poisson(tau, generator=generator)) + 1, self.backprop)
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """n_free ~ U{0 … free}, then n_grad ~ U{1 … grad}: go on from wherever n_free loops led
+    (Bansal et al. 2022, arXiv 2202.05826, with the number of loops drawn at each step).
+
+    Attributes:
+        free: most loops without gradient.
+        grad: most loops with gradient.
+    """
+
+    free: int
+    grad: int
+
+    def __post_init__(self) -> None:
+        _whole("free", self.free, 0)
+        _whole("grad", self.grad, 1)
+
+    @property
+    def mean(self) -> float:
+        """Half of ``free`` plus half of ``grad + 1``."""
+        return self.free / 2 + (1 + self.grad) / 2
+
+    def sample(self, generator: torch.Generator) -> LoopPlan:
+        """Draw one plan."""
+        n_free = _draw(0, self.free, generator)
+        return LoopPlan(n_free, _draw(1, self.grad, generator))
+
+
+_KINDS: dict[str, type[Fixed] | type[Uniform] | type[LogNormalPoisson] | type[Progressive]] = {
+    "fixed": Fixed,
+    "uniform": Uniform,
+    "poisson": LogNormalPoisson,
+    "progressive": Progressive,
+}
+
+
+def loop_distribution(kind: str, **fields: float) -> LoopDistribution:
+    """The distribution of that name: "fixed", "uniform", "poisson" or "progressive".
+
+    Raises:
+        ConfigError: there is no such kind, or a field is out of range.
+    """
+    if kind not in _KINDS:
+        raise ConfigError(f"kind = {kind!r} is not allowed: it must be {' or '.join(map(repr, _KINDS))}")
+    return _KINDS[kind](**fields)  # type: ignore[arg-type]
+
+
+def _truncated(total: int, backprop: int | None) -> LoopPlan:
+    n_grad = total if backprop is None else min(total, backprop)
+    return LoopPlan(total - n_grad, n_grad)
+
+
+def _draw(low: int, high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _whole(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} = {value!r} is not allowed: it must be a whole number of at least {low}")
