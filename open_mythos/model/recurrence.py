@@ -121,7 +121,7 @@ def loop_index_embedding(h: Tensor, loop_t: int | Tensor, loop_dim: int, theta: 
 
     Args:
         h: (B, S, D).
-        loop_t: loop index from 0.
+        loop_t: loop index from 0, or one per sequence, (B,).
         loop_dim: channels that receive it.
         theta: base of the frequencies.
 
@@ -130,8 +130,9 @@ def loop_index_embedding(h: Tensor, loop_t: int | Tensor, loop_dim: int, theta: 
     """
     dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot tell loop 257 from 256
     exponent = torch.arange(0, loop_dim, 2, device=h.device, dtype=dtype) / max(loop_dim, 1)
-    angles = loop_t * theta**-exponent
-    embedding = torch.cat((angles.sin(), angles.cos()))[:loop_dim].to(h.dtype)
+    index = loop_t.reshape(-1, 1, 1) if isinstance(loop_t, Tensor) else loop_t
+    angles = index * theta**-exponent
+    embedding = torch.cat((angles.sin(), angles.cos()), -1)[..., :loop_dim].to(h.dtype)
     return h + F.pad(embedding, (0, h.shape[-1] - loop_dim))
 
 
@@ -153,10 +154,13 @@ class LoRAAdapter(nn.Module):
         self.scale = nn.Embedding.from_pretrained(torch.ones(max_loops, rank), freeze=False)
 
     def forward(self, x: Tensor, loop_t: int | Tensor) -> Tensor:
-        """(B, S, D), loop index → (B, S, D)."""
+        """(B, S, D) → (B, S, D) for a loop index, or one per sequence, (B,)."""
         last = self.scale.num_embeddings - 1
-        row = loop_t.clamp(max=last) if isinstance(loop_t, Tensor) else min(loop_t, last)
-        return (self.down(x) * self.scale.weight[row]) @ self.B
+        if isinstance(loop_t, Tensor):  # index_select: a compiler need not know which row
+            scale = self.scale.weight.index_select(0, loop_t.reshape(-1).clamp(max=last)).unsqueeze(1)
+        else:
+            scale = self.scale.weight[min(loop_t, last)]
+        return (self.down(x) * scale) @ self.B
 
 
 class ACTHalting(nn.Module):
