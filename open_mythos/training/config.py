@@ -11,16 +11,15 @@ Imports no torch, so that a config can be read and inspected fast.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from open_mythos.config import ConfigError, MythosConfig
-from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.training.checks import choice, error, known, number, whole
+from open_mythos.training.dataconfig import TASK_NAMES, DataConfig
 from open_mythos.variants import VARIANTS
 
 if sys.version_info >= (3, 11):
@@ -38,9 +37,6 @@ __all__ = [
     "load_config",
 ]
 
-# The names of open_mythos.tasks.TASKS, without its torch; a test keeps the two equal.
-TASK_NAMES = ("addition", "digit_chain", "khop", "parity")
-
 # What each kind of loop count takes, and the default (None in _REQUIRED must be given).
 _REQUIRED = object()
 LOOP_FIELDS: dict[str, dict[str, Any]] = {
@@ -49,75 +45,6 @@ LOOP_FIELDS: dict[str, dict[str, Any]] = {
     "poisson": {"rate": _REQUIRED, "sigma": 0.5, "backprop": 8},
     "progressive": {"free": _REQUIRED, "grad": _REQUIRED},
 }
-_TEXT_FIELDS: dict[str, Any] = {"seq_len": 256, "bos": False, "text_field": "text"}
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where batches come from.
-
-    Attributes:
-        source: "python" (help topics and standard library of this Python), a file or directory of text, or a
-            task: "addition", "digit_chain", "khop", "parity". A path of such a name is written "./parity".
-        options: for text ``seq_len`` (S), ``bos`` and ``text_field``; for a task the fields of its dataclass.
-    """
-
-    source: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, str) or not self.source:
-            raise _error("data.source", self.source, "'python', a path, or a task: " + ", ".join(TASK_NAMES))
-        if self.is_task:
-            return
-        for name in self.options:
-            _known(f"data.{name}", name, _TEXT_FIELDS, "text")
-        options = {**_TEXT_FIELDS, **self.options}
-        _whole("data.seq_len", options["seq_len"], 1)
-        _choice("data.bos", options["bos"], (True, False))
-        if not isinstance(options["text_field"], str):
-            raise _error("data.text_field", options["text_field"], "a string")
-        object.__setattr__(self, "options", options)
-
-    @property
-    def is_task(self) -> bool:
-        """The source is a reasoning task, not text."""
-        return self.source in TASK_NAMES
-
-    def task(self) -> Any:
-        """The task (imports torch).
-
-        Raises:
-            ConfigError: the source is text, or an option does not fit the task.
-        """
-        if not self.is_task:
-            raise ConfigError(f"data.source = {self.source!r} is text, not a task")
-        from open_mythos.tasks import get_task
-
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
-        try:
-            return get_task(self.source, **options)
-        except ValueError as error:
-            raise ConfigError(f"data: {error}") from error
-
-    def tokens(self, sized: bool = False) -> dict[str, int | None]:
-        """Model fields that the data decides: vocab_size and the special ids.
-
-        The model is told of a BOS only when documents begin with one: it would never have learnt it.
-
-        Args:
-            sized: leave out a task's vocab_size, which takes importing torch.
-        """
-        if self.is_task:
-            none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-            return dict(none) if sized else {"vocab_size": self.task().vocab_size, **none}
-        byte = ByteTokenizer
-        return {
-            "vocab_size": byte.vocab_size,
-            "bos_token_id": byte.bos_id if self.options["bos"] else None,
-            "eos_token_id": byte.eos_id,
-            "pad_token_id": byte.pad_id,
-        }
 
 
 @dataclass(frozen=True)
@@ -134,20 +61,20 @@ class LoopsConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _choice("loops.kind", self.kind, LOOP_FIELDS)
+        choice("loops.kind", self.kind, LOOP_FIELDS)
         fields = LOOP_FIELDS[self.kind]
         for name in self.options:
-            _known(f"loops.{name}", name, fields, f"kind {self.kind!r}")
+            known(f"loops.{name}", name, fields, f"kind {self.kind!r}")
         options = {**fields, **self.options}
         for name, value in options.items():
             if value is _REQUIRED:
                 raise ConfigError(f"loops.{name} is missing: kind {self.kind!r} needs it")
             if name in ("rate", "sigma"):
-                _number(f"loops.{name}", value, 0, above=True)
+                number(f"loops.{name}", value, 0, above=True)
             elif name != "backprop" or value is not None:
-                _whole(f"loops.{name}", value, 0 if name == "free" else 1)
+                whole(f"loops.{name}", value, 0 if name == "free" else 1)
         if self.kind == "uniform" and options["high"] < options["low"]:
-            raise _error("loops.high", options["high"], f"at least loops.low ({options['low']})")
+            raise error("loops.high", options["high"], f"at least loops.low ({options['low']})")
         object.__setattr__(self, "options", options)
 
 
@@ -181,16 +108,16 @@ class OptimConfig:
     floor: float = 0.1
 
     def __post_init__(self) -> None:
-        _number("optim.lr", self.lr, 0, above=True)
-        _number("optim.weight_decay", self.weight_decay, 0)
+        number("optim.lr", self.lr, 0, above=True)
+        number("optim.weight_decay", self.weight_decay, 0)
         for name in ("beta1", "beta2"):
-            _number(f"optim.{name}", getattr(self, name), 0, 1, below=True)
-        _number("optim.eps", self.eps, 0, above=True)
-        _number("optim.clip", self.clip, 0)
-        _choice("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
-        _whole("optim.warmup", self.warmup, 0)
-        _number("optim.decay", self.decay, 0, 1)
-        _number("optim.floor", self.floor, 0, 1)
+            number(f"optim.{name}", getattr(self, name), 0, 1, below=True)
+        number("optim.eps", self.eps, 0, above=True)
+        number("optim.clip", self.clip, 0)
+        choice("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        whole("optim.warmup", self.warmup, 0)
+        number("optim.decay", self.decay, 0, 1)
+        number("optim.floor", self.floor, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -218,9 +145,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1)):
-            _whole(f"train.{name}", getattr(self, name), low)
+            whole(f"train.{name}", getattr(self, name), low)
         for name in ("seed", "threads", "save_every"):
-            _whole(f"train.{name}", getattr(self, name), 0)
+            whole(f"train.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -241,13 +168,13 @@ class EvalConfig:
         for name in ("loops", "levels"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)):
-                raise _error(f"eval.{name}", value, "a list of whole numbers")
-            for number in value:
-                _whole(f"eval.{name}", number, 1)
+                raise error(f"eval.{name}", value, "a list of whole numbers")
+            for item in value:
+                whole(f"eval.{name}", item, 1)
             object.__setattr__(self, name, tuple(sorted(set(value))))
         if not self.loops:
-            raise _error("eval.loops", [], "a list with at least one whole number")
-        _whole("eval.examples", self.examples, 1)
+            raise error("eval.loops", [], "a list with at least one whole number")
+        whole("eval.examples", self.examples, 1)
 
 
 @dataclass(frozen=True)
@@ -265,10 +192,10 @@ class RunConfig:
         if self.data.is_task:
             return
         if self.eval.levels:
-            raise _error("eval.levels", list(self.eval.levels), "empty for text, which has no difficulty")
+            raise error("eval.levels", list(self.eval.levels), "empty for text, which has no difficulty")
         length, longest = self.data.options["seq_len"], self.model.max_seq_len
         if length > longest:
-            raise _error("data.seq_len", length, f"at most model.max_seq_len ({longest})")
+            raise error("data.seq_len", length, f"at most model.max_seq_len ({longest})")
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, Any]) -> RunConfig:
@@ -278,9 +205,9 @@ class RunConfig:
             ConfigError: a section or key is unknown, missing or not allowed.
         """
         for name, section in sections.items():
-            _known(f"[{name}]", name, _SECTIONS, "a run config", what="section")
+            known(f"[{name}]", name, _SECTIONS, "a run config", what="section")
             if not isinstance(section, Mapping):
-                raise _error(f"[{name}]", section, "a section of keys")
+                raise error(f"[{name}]", section, "a section of keys")
         data, loops = dict(sections.get("data", {})), dict(sections.get("loops", {}))
         for name, section, key in (("data", data, "source"), ("loops", loops, "kind")):
             if key not in section:
@@ -324,10 +251,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     try:
         sections = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"config {str(path)!r} is not there: it must be a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {str(path)!r} is not valid TOML: {error}") from error
+    except (FileNotFoundError, IsADirectoryError) as problem:
+        raise ConfigError(f"config {str(path)!r} is not there: it must be a TOML file") from problem
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"config {str(path)!r} is not valid TOML: {problem}") from problem
     changes = [_override(text) for text in overrides]
     for section, key, value in changes:
         old = sections.setdefault(section, {})
@@ -342,8 +269,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         sections[section][key] = value
     try:
         return RunConfig.from_dict(sections)
-    except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from error
+    except ConfigError as problem:
+        raise ConfigError(f"{path.name}: {problem}") from problem
 
 
 def _override(text: str) -> tuple[str, str, Any]:
@@ -352,7 +279,7 @@ def _override(text: str) -> tuple[str, str, Any]:
     if not equals or not dot or not key:
         allowed = "section.key=value, such as optim.lr=3e-4"
         raise ConfigError(f"override {text!r} is not allowed: it must be {allowed}")
-    _known(f"override {text!r}", section, _SECTIONS, "a run config", what="section")
+    known(f"override {text!r}", section, _SECTIONS, "a run config", what="section")
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -367,56 +294,23 @@ def _sort(section: str, value: Any) -> Any:
 def _model(fields: dict[str, Any], data: DataConfig) -> MythosConfig:
     variant = fields.pop("variant", None)
     base = {} if variant is None else _variant(variant).to_dict()
-    tokens = data.tokens(sized="vocab_size" in fields)
+    tokens = data.tokens(given=fields)
     size, needed = fields.get("vocab_size"), tokens.get("vocab_size")
     if isinstance(size, int) and needed is not None and size < needed:
-        raise _error("model.vocab_size", size, f"at least {needed} for text")
+        raise error("model.vocab_size", size, f"at least {needed} for text")
     try:
         return MythosConfig(**{**base, **tokens, **fields})
-    except ConfigError as error:
-        raise ConfigError(f"model.{error}") from error
+    except ConfigError as problem:
+        raise ConfigError(f"model.{problem}") from problem
 
 
 def _variant(name: Any) -> MythosConfig:
-    _known(f"model.variant = {name!r}", str(name), VARIANTS, "OpenMythos", what="variant")
+    known(f"model.variant = {name!r}", str(name), VARIANTS, "OpenMythos", what="variant")
     return VARIANTS[name]()
 
 
 def _section(name: str, cls: type[_T], sections: Mapping[str, Any]) -> _T:
     section = sections.get(name, {})
     for key in section:
-        _known(f"{name}.{key}", key, [f.name for f in dataclasses.fields(cls)], f"[{name}]")
+        known(f"{name}.{key}", key, [f.name for f in dataclasses.fields(cls)], f"[{name}]")
     return cls(**section)
-
-
-def _known(shown: str, name: str, allowed: Iterable[str], owner: str, what: str = "key") -> None:
-    names = list(allowed)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
-        raise ConfigError(f"{shown} is not allowed: {owner} has no such {what}; {hint}")
-
-
-def _error(name: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}")
-
-
-def _whole(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise _error(name, value, f"a whole number of at least {low}")
-
-
-def _choice(name: str, value: object, options: Iterable[Any]) -> None:
-    if value not in (allowed := list(options)) or isinstance(value, bool) != isinstance(allowed[0], bool):
-        raise _error(name, value, " or ".join(repr(option) for option in allowed))
-
-
-def _number(
-    name: str, value: object, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
-) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if fits:
-        fits = low <= value <= high and not (above and value == low) and not (below and value == high)  # type: ignore[operator]
-    if not fits:
-        upper = "" if math.isinf(high) else f" and {'below' if below else 'at most'} {high:g}"
-        raise _error(name, value, f"a number {'above' if above else 'of at least'} {low:g}{upper}")
