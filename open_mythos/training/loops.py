@@ -1,15 +1,19 @@
 """How many loops a training step runs, and through how many of the last ones it sends gradients.
 
-Shape letters: B batch.
+A count is drawn for the whole batch, or one for each sequence. Sequences of one batch end together: one with
+fewer loops starts later, and until then keeps its initial state.
+
+Shape letters: B batch, T loops.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from open_mythos.config import ConfigError
 
@@ -31,19 +35,49 @@ class LoopPlan:
     Attributes:
         n_free: loops that run first, without gradient.
         n_grad: loops that follow and are backpropagated through.
+        starts: for each sequence the loop at which it begins, 0 … total − 1; None: all begin at loop 0.
     """
 
     n_free: int
     n_grad: int
+    starts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _whole("n_free", self.n_free, 0)
         _whole("n_grad", self.n_grad, 1)
+        for start in self.starts or ():
+            _whole("starts", start, 0)
+            if start >= self.total:
+                raise ConfigError(
+                    f"starts = {start!r} is not allowed: it must be below {self.total}, the total"
+                )
 
     @property
     def total(self) -> int:
-        """All loops."""
+        """Loops that run: those of the sequence with most."""
         return self.n_free + self.n_grad
+
+    @property
+    def mean(self) -> float:
+        """Loops of a sequence, on average."""
+        return self.total - sum(self.starts) / len(self.starts) if self.starts else float(self.total)
+
+    def rows(self, rank: int, size: int) -> LoopPlan:
+        """The plan of rank's share when the batch is cut into ``size`` equal runs of rows.
+
+        Every rank runs the same loops, also those in which none of its own sequences has begun.
+        """
+        if self.starts is None:
+            return self
+        share = len(self.starts) // size
+        return replace(self, starts=self.starts[rank * share : (rank + 1) * share])
+
+    def indices(self, device: torch.device | str = "cpu") -> Tensor:
+        """What each loop is told of its index, long: (T,), or (T, B), below zero before a sequence begins."""
+        loops = torch.arange(self.total, device=device)
+        if self.starts is None:
+            return loops
+        return loops.unsqueeze(1) - torch.tensor(self.starts).to(device, non_blocking=True)
 
 
 class LoopDistribution(Protocol):
@@ -51,6 +85,9 @@ class LoopDistribution(Protocol):
 
     def sample(self, generator: torch.Generator) -> LoopPlan:
         """Draw one plan; every rank that holds the same generator state draws the same."""
+
+    def sample_each(self, generator: torch.Generator, batch: int) -> LoopPlan:
+        """Draw one plan for ``batch`` sequences, each with a count of its own."""
 
     @property
     def mean(self) -> float:
@@ -78,6 +115,10 @@ class Fixed:
         """The one plan; draws nothing."""
         return _truncated(self.loops, self.backprop)
 
+    def sample_each(self, generator: torch.Generator, batch: int) -> LoopPlan:
+        """The same for every sequence."""
+        return _together(torch.full((batch,), self.loops), self.backprop)
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -101,6 +142,10 @@ class Uniform:
     def sample(self, generator: torch.Generator) -> LoopPlan:
         """Draw one plan."""
         return _truncated(_draw(self.low, self.high, generator), self.backprop)
+
+    def sample_each(self, generator: torch.Generator, batch: int) -> LoopPlan:
+        """Draw p for each sequence."""
+        return _together(torch.randint(self.low, self.high + 1, (batch,), generator=generator), self.backprop)
 
 
 @dataclass(frozen=True)
@@ -133,9 +178,16 @@ class LogNormalPoisson:
 
     def sample(self, generator: torch.Generator) -> LoopPlan:
         """Draw one plan."""
-        normal = torch.randn((), generator=generator, dtype=torch.float64)
+        return _truncated(int(self._draw((), generator)), self.backprop)
+
+    def sample_each(self, generator: torch.Generator, batch: int) -> LoopPlan:
+        """Draw τ and p for each sequence."""
+        return _together(self._draw((batch,), generator), self.backprop)
+
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        normal = torch.randn(shape, generator=generator, dtype=torch.float64)
         tau = torch.exp(math.log(self.rate) - self.sigma**2 / 2 + self.sigma * normal)
-        return _truncated(int(torch.poisson(tau, generator=generator)) + 1, self.backprop)
+        return torch.poisson(tau, generator=generator).long() + 1
 
 
 @dataclass(frozen=True)
@@ -165,6 +217,12 @@ class Progressive:
         n_free = _draw(0, self.free, generator)
         return LoopPlan(n_free, _draw(1, self.grad, generator))
 
+    def sample_each(self, generator: torch.Generator, batch: int) -> LoopPlan:
+        """Draw n_free for each sequence, and one n_grad for all: they end together."""
+        free = torch.randint(0, self.free + 1, (batch,), generator=generator)
+        n_grad = _draw(1, self.grad, generator)
+        return _together(free + n_grad, n_grad)
+
 
 _KINDS: dict[str, type[Fixed] | type[Uniform] | type[LogNormalPoisson] | type[Progressive]] = {
     "fixed": Fixed,
@@ -188,6 +246,13 @@ def loop_distribution(kind: str, **fields: float) -> LoopDistribution:
 def _truncated(total: int, backprop: int | None) -> LoopPlan:
     n_grad = total if backprop is None else min(total, backprop)
     return LoopPlan(total - n_grad, n_grad)
+
+
+def _together(totals: Tensor, backprop: int | None) -> LoopPlan:
+    """The plan of sequences with so many loops each, (B,)."""
+    longest = int(totals.max())
+    plan = _truncated(longest, backprop)
+    return replace(plan, starts=tuple((longest - totals).tolist()))
 
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:
