@@ -25,15 +25,16 @@ __all__ = [
 ]
 
 
+_SLOPE = 1e-4  # beside the class, where a compiler finds it
+
+
 class _Decay(torch.autograd.Function):
     """A = exp(−exp(clamp(s, low, high))), with a gradient that can lead any s back.
 
     It passes where a descent step leads inward, also from outside. The slope −A·exp(s) vanishes towards both
-    ends (below 1e-35 at the upper one, far under any optimiser's epsilon), so its size is kept at SLOPE
+    ends (below 1e-35 at the upper one, far under any optimiser's epsilon), so its size is kept at _SLOPE
     or more; it is exact for s in (−9.2, 2.4), that is A in (1.3e-5, 0.9999).
     """
-
-    SLOPE = 1e-4
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, low: float, high: float) -> Tensor:
@@ -46,7 +47,7 @@ class _Decay(torch.autograd.Function):
         (s,) = ctx.saved_tensors
         low, high = ctx.bounds
         inside = s.clamp(low, high)
-        grad = -grad * torch.exp(inside - inside.exp()).clamp(min=_Decay.SLOPE)
+        grad = -grad * torch.exp(inside - inside.exp()).clamp(min=_SLOPE)
         outward = ((s >= high) & (grad < 0)) | ((s <= low) & (grad > 0))
         return grad.masked_fill(outward, 0.0), None, None
 
@@ -86,7 +87,8 @@ class LTIInjection(nn.Module):
 
         A and B ⊙ e are the same in every loop of a call: without gradients they are kept in ``memo``.
         """
-        if memo is None or torch.is_grad_enabled() or self.B.is_inference():
+        fresh = memo is None or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if memo is None or fresh or self.B.is_inference():
             decay, drive = self.get_A(), self.B * e
         else:
             state = (self.log_A._version, self.log_dt._version, self.B._version)
