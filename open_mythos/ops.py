@@ -7,11 +7,13 @@ R latent width, N token slots, D model width, F expert width, E experts.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _has_any_global_hook
 
 from open_mythos import kernels
@@ -126,6 +128,14 @@ def latent_kernels_serve(x: Tensor, rope: Tensor, *weights: Tensor) -> bool:
     return not torch.is_grad_enabled() and kernels.serves(x.shape[0] * x.shape[1], x, rope, *weights)
 
 
+_TRAINING_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
 def _heads_to_groups(n_heads: int, n_groups: int, device: torch.device) -> Tensor:
     """Key/value head read by each query head, (H,). Groups differ by at most one head when G does not divide H."""
     return torch.arange(n_heads, device=device) * n_groups // n_heads
@@ -190,9 +200,13 @@ def attention(
             v = F.pad(v, (0, width - value_width))
         else:
             q, k = F.pad(q, (0, value_width - width)), F.pad(k, (0, value_width - width))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=share
-    )
+    # The backends that take unequal widths differ fourfold on CUDA. cuDNN plans anew for every length, which
+    # pays where lengths repeat, in training.
+    repeats = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    with sdpa_kernel(_TRAINING_ORDER, set_priority=True) if q.is_cuda and repeats else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=share
+        )
     return out[..., :value_width]
 
 
@@ -243,7 +257,9 @@ def expert_offsets(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     flat = experts.reshape(-1)
     counts = torch.zeros(n_experts, dtype=torch.int64, device=flat.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))
-    return flat.argsort(stable=True), counts
+    # Narrow keys: a radix sort takes one pass per byte.
+    keys = flat.to(torch.int16) if n_experts < 2**15 else flat
+    return keys.argsort(stable=True), counts
 
 
 class _Dispatch(torch.autograd.Function):
@@ -261,18 +277,19 @@ class _Dispatch(torch.autograd.Function):
         return grad.index_select(0, inverse).view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
 
 
-class _Unsort(torch.autograd.Function):
-    """Undo the sort of :class:`_Dispatch`; a permutation, so its backward is the opposite gather."""
+class _Combine(torch.autograd.Function):
+    """Undo the sort of :class:`_Dispatch` and sum; its backward is the forward of the other."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order)
-        return y.index_select(0, inverse)
+        ctx.k = k
+        return y.index_select(0, inverse).view(-1, k, y.shape[-1]).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
-        return grad.index_select(0, order), None, None
+        return grad.index_select(0, order // ctx.k), None, None, None
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -294,20 +311,19 @@ def dispatch(x: Tensor, order: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _Dispatch.apply(x, order, inverse, k), inverse
 
 
-def combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Weighted sum of each token's expert outputs, in a fixed order: the same bits at every run.
+def combine(y: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+    """Sum of each token's k rows, in a fixed order: the same bits at every run.
 
     Args:
-        y: (N·k, D) in expert order.
-        weights: (N, k).
+        y: (N·k, D) in expert order, weighted.
         order: sort order.
         inverse: its inverse.
+        k: experts per token.
 
     Returns:
         (N, D).
     """
-    n, k = weights.shape
-    return torch.bmm(weights.unsqueeze(1), _Unsort.apply(y, order, inverse).view(n, k, -1)).squeeze(1)
+    return _Combine.apply(y, order, inverse, k)
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -100,8 +100,10 @@ class MoEFFN(nn.Module):
             w_in, w_out, rows = w_in.to(dtype), w_out.to(dtype), flat.to(dtype)
         rows, inverse = dispatch(rows, order, self.topk)
         gate, up = grouped_linear(rows, w_in, counts).chunk(2, -1)
-        out = grouped_linear(F.silu(gate) * up, w_out, counts)
-        return combine(out, weights.to(out.dtype), order, inverse).to(flat.dtype)
+        # Weighted before the second product, which is linear: the backward then needs no expert's output.
+        weight = weights.reshape(-1).index_select(0, order).to(up.dtype).unsqueeze(-1)
+        out = grouped_linear(F.silu(gate) * up * weight, w_out, counts)
+        return combine(out, order, inverse, self.topk).to(flat.dtype)
 
     @torch.no_grad()
     def update_bias(self) -> None:
