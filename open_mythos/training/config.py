@@ -4,8 +4,8 @@ Imports no torch, so that a config can be read and inspected fast.
 
     [model]   fields of MythosConfig, perhaps over variant = "mythos_..."; vocab_size defaults to the data's
     [data]    source = "python", a path, or the name of a task; then what that source takes
-    [loops]   kind = "fixed", "uniform", "poisson" or "progressive"; then what that kind takes
-    [optim]   [train]   [eval]   fields of the classes below
+    [loops]   kind = "fixed", "uniform", "poisson" or "progressive"; per; then what that kind takes
+    [optim]   [train]   [parallel]   [checkpoint]   [log]   [eval]   fields of the classes below
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from open_mythos.config import ConfigError, MythosConfig
 from open_mythos.training.checks import choice, error, known, number, whole
@@ -28,14 +28,19 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
+    "LogConfig",
     "LoopsConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RunConfig",
     "TrainConfig",
     "load_config",
 ]
+
+TRACKERS = ("trackio", "tensorboard", "wandb")
 
 # What each kind of loop count takes, and the default (None in _REQUIRED must be given).
 _REQUIRED = object()
@@ -49,19 +54,22 @@ LOOP_FIELDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class LoopsConfig:
-    """How many loops a training step runs; see :mod:`open_mythos.training.objective`.
+    """How many loops a training step runs; see :mod:`open_mythos.training.loops`.
 
     Attributes:
         kind: "fixed" (loops, backprop), "uniform" (low, high, backprop), "poisson" (rate, sigma, backprop) or
             "progressive" (free, grad).
         options: those numbers.
+        per: "batch" draws one count for all sequences of a forward pass, "sequence" one for each.
     """
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    per: str = "batch"
 
     def __post_init__(self) -> None:
         choice("loops.kind", self.kind, LOOP_FIELDS)
+        choice("loops.per", self.per, ("batch", "sequence"))
         fields = LOOP_FIELDS[self.kind]
         for name in self.options:
             known(f"loops.{name}", name, fields, f"kind {self.kind!r}")
@@ -80,10 +88,12 @@ class LoopsConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule.
+    """The optimiser and its schedule.
 
     Attributes:
-        lr: peak learning rate.
+        kind: "adamw", or "muon": Muon for the matrices inside the blocks and AdamW for the rest; see
+            :mod:`open_mythos.training.optim`.
+        lr: peak learning rate of AdamW.
         weight_decay: decoupled decay of the matrices; :func:`open_mythos.training.optim.parameter_groups`.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
@@ -94,8 +104,11 @@ class OptimConfig:
         warmup: steps.
         decay: share of all steps, "wsd" only.
         floor: lowest learning rate as a share of ``lr``.
+        muon_lr: peak learning rate of Muon, which follows the same schedule.
+        muon_momentum: decay of Muon's momentum.
     """
 
+    kind: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -106,8 +119,13 @@ class OptimConfig:
     warmup: int = 100
     decay: float = 0.2
     floor: float = 0.1
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
 
     def __post_init__(self) -> None:
+        choice("optim.kind", self.kind, ("adamw", "muon"))
+        number("optim.muon_lr", self.muon_lr, 0, above=True)
+        number("optim.muon_momentum", self.muon_momentum, 0, 1, below=True)
         number("optim.lr", self.lr, 0, above=True)
         number("optim.weight_decay", self.weight_decay, 0)
         for name in ("beta1", "beta2"):
@@ -126,13 +144,15 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: B of one forward pass.
+        batch_size: B of one forward pass, all processes together.
         accumulate: forward passes per optimiser step, each with its own batch and loop count.
         seed: of weights, data order, loop counts and noise.
         threads: CPU threads; 0 leaves torch's choice. With a fixed number a run gives the same numbers on
             machines with more cores.
         log_every: steps between records in metrics.jsonl.
-        save_every: steps between resume states; 0 saves at the end only.
+        save_every: steps between checkpoints; 0 saves at the end only.
+        max_skips: steps in a row whose update may be left out because the loss or a gradient is not finite;
+            one more ends the run.
     """
 
     steps: int = 1000
@@ -142,12 +162,79 @@ class TrainConfig:
     threads: int = 0
     log_every: int = 10
     save_every: int = 500
+    max_skips: int = 10
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1)):
             whole(f"train.{name}", getattr(self, name), low)
-        for name in ("seed", "threads", "save_every"):
+        for name in ("seed", "threads", "save_every", "max_skips"):
             whole(f"train.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Where the step runs, and how it is spread; none of it is part of the model.
+
+    Attributes:
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        precision: of the matrix products, "fp32" or "bf16". Parameters, and what must not be rounded (norms,
+            injection, router bias and counts, loss), stay in float32.
+        compile: compile the step with torch.compile.
+        recompute: what backward computes again instead of keeping: "none", "selective" or "loop"; see
+            :mod:`open_mythos.training.acceleration`.
+        replicas: whole copies of the parameters; each is sharded over world size / replicas processes.
+        reshard: free the gathered parameters between forward and backward: less memory, more communication.
+    """
+
+    device: str = "auto"
+    precision: str = "fp32"
+    compile: bool = False
+    recompute: str = "none"
+    replicas: int = 1
+    reshard: bool = False
+
+    def __post_init__(self) -> None:
+        choice("parallel.device", self.device, ("auto", "cpu", "cuda"))
+        choice("parallel.precision", self.precision, ("fp32", "bf16"))
+        choice("parallel.compile", self.compile, (True, False))
+        choice("parallel.recompute", self.recompute, ("none", "selective", "loop"))
+        whole("parallel.replicas", self.replicas, 1)
+        choice("parallel.reshard", self.reshard, (True, False))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How checkpoints are kept; how often is ``train.save_every``.
+
+    Attributes:
+        keep: so many, the newest.
+        asynchronous: write to disk beside the training that goes on.
+    """
+
+    keep: int = 2
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        whole("checkpoint.keep", self.keep, 1)
+        choice("checkpoint.asynchronous", self.asynchronous, (True, False))
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is told of a run beside metrics.jsonl; how often is ``train.log_every``.
+
+    Attributes:
+        trackers: any of "trackio", "tensorboard", "wandb".
+    """
+
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.trackers, (list, tuple)):
+            raise error("log.trackers", self.trackers, "a list of names")
+        for name in self.trackers:
+            choice("log.trackers", name, TRACKERS)
+        object.__setattr__(self, "trackers", tuple(dict.fromkeys(self.trackers)))
 
 
 @dataclass(frozen=True)
@@ -186,6 +273,9 @@ class RunConfig:
     loops: LoopsConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -216,34 +306,43 @@ class RunConfig:
         return cls(
             model=_model(dict(sections.get("model", {})), data_config),
             data=data_config,
-            loops=LoopsConfig(loops.pop("kind"), loops),
-            optim=_section("optim", OptimConfig, sections),
-            train=_section("train", TrainConfig, sections),
-            eval=_section("eval", EvalConfig, sections),
+            loops=LoopsConfig(loops.pop("kind"), per=loops.pop("per", "batch"), options=loops),
+            **{name: _section(name, cls_, sections) for name, cls_ in _PLAIN.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
         """All sections with every default filled in, JSON-ready; :meth:`from_dict` reads it back."""
-        sweep = self.eval
         return {
             "model": self.model.to_dict(),
             "data": {"source": self.data.source, **self.data.options},
-            "loops": {"kind": self.loops.kind, **self.loops.options},
-            "optim": dataclasses.asdict(self.optim),
-            "train": dataclasses.asdict(self.train),
-            "eval": {"loops": [*sweep.loops], "levels": [*sweep.levels], "examples": sweep.examples},
+            "loops": {"kind": self.loops.kind, "per": self.loops.per, **self.loops.options},
+            **{name: _plain(getattr(self, name)) for name in _PLAIN},
         }
 
 
-_SECTIONS = ("model", "data", "loops", "optim", "train", "eval")
-_T = TypeVar("_T", OptimConfig, TrainConfig, EvalConfig)
+# Sections whose keys are the fields of a class.
+_PLAIN: dict[str, Any] = {
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+    "eval": EvalConfig,
+}
+_SECTIONS = ("model", "data", "loops", *_PLAIN)
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """The fields of a section as JSON has them."""
+    fields = dataclasses.asdict(section)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML config and apply overrides such as ``optim.lr=3e-4``.
 
-    A new ``loops.kind`` or another sort of ``data.source`` first empties its section: the old options belong
-    to the old kind.
+    A new ``loops.kind`` or another sort of ``data.source`` first empties its section (but for ``loops.per``):
+    the old options belong to the old kind.
 
     Raises:
         ConfigError: the file is not there or not TOML, or a key or value is not allowed.
@@ -264,7 +363,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             )
         kind = {"loops": "kind", "data": "source"}.get(section)
         if key == kind and _sort(section, old.get(key)) != _sort(section, value):
-            old.clear()
+            for name in set(old) - {"per"}:
+                del old[name]
     for section, key, value in changes:
         sections[section][key] = value
     try:
@@ -309,7 +409,7 @@ def _variant(name: Any) -> MythosConfig:
     return VARIANTS[name]()
 
 
-def _section(name: str, cls: type[_T], sections: Mapping[str, Any]) -> _T:
+def _section(name: str, cls: Any, sections: Mapping[str, Any]) -> Any:
     section = sections.get(name, {})
     for key in section:
         known(f"{name}.{key}", key, [f.name for f in dataclasses.fields(cls)], f"[{name}]")

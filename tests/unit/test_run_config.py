@@ -53,7 +53,8 @@ def test_a_config_survives_json(smoke: Path):
 def test_text_decides_vocabulary_and_special_ids(tmp_path: Path):
     config = load_config(text_config(tmp_path, model="dim = 64\nn_heads = 4"))
     assert (config.model.vocab_size, config.model.eos_token_id) == (259, 257)
-    assert config.data.options == {"seq_len": 256, "bos": False, "text_field": "text"}
+    text = {"seq_len": 256, "bos": False, "text_field": "text"}
+    assert {key: config.data.options[key] for key in text} == text
 
 
 @pytest.mark.parametrize("model", ['variant = "mythos_nano"', "dim = 64\nn_heads = 4"])
@@ -91,6 +92,9 @@ def test_overrides_are_toml_values_or_bare_words(smoke: Path):
 
 
 def test_a_new_kind_empties_its_section(smoke: Path, tmp_path: Path):
+    each = load_config(smoke, ["loops.per=sequence", "loops.kind=fixed", "loops.loops=3"])
+    assert (each.loops.per, each.loops.options["loops"]) == ("sequence", 3)
+    assert RunConfig.from_dict(each.to_dict()) == each
     config = load_config(smoke, ["loops.loops=3", "loops.kind=fixed"])
     assert config.loops.options == {"loops": 3, "backprop": None}
     (tmp_path / "a.txt").write_text("x")
@@ -106,7 +110,7 @@ def test_a_new_kind_empties_its_section(smoke: Path, tmp_path: Path):
     [
         (
             "optim.learning_rate=1",
-            r"optim.learning_rate is not allowed: \[optim\] has no such key; allowed: lr",
+            r"optim.learning_rate is not allowed: \[optim\] has no such key; allowed: kind, lr",
         ),
         ("optim.wramup=1", "did you mean 'warmup'"),
         (
@@ -144,6 +148,24 @@ def test_a_new_kind_empties_its_section(smoke: Path, tmp_path: Path):
             "model.variant=mythos_nona",
             "there is no such variant|has no such variant; did you mean 'mythos_nano'",
         ),
+        ("loops.per=row", "loops.per = 'row' is not allowed: it must be 'batch' or 'sequence'"),
+        ("optim.kind=sgd", "optim.kind = 'sgd' is not allowed: it must be 'adamw' or 'muon'"),
+        ("optim.muon_lr=0", "optim.muon_lr = 0 is not allowed: it must be a number above 0"),
+        ("train.max_skips=-1", "train.max_skips = -1 is not allowed"),
+        (
+            "parallel.device=tpu",
+            "parallel.device = 'tpu' is not allowed: it must be 'auto' or 'cpu' or 'cuda'",
+        ),
+        (
+            "parallel.precision=fp16",
+            "parallel.precision = 'fp16' is not allowed: it must be 'fp32' or 'bf16'",
+        ),
+        ("parallel.compile=1", "parallel.compile = 1 is not allowed: it must be True or False"),
+        ("parallel.recompute=all", "parallel.recompute = 'all' is not allowed"),
+        ("parallel.replicas=0", "parallel.replicas = 0 is not allowed"),
+        ("checkpoint.keep=0", "checkpoint.keep = 0 is not allowed"),
+        ("log.trackers=wandb", "log.trackers = 'wandb' is not allowed: it must be a list"),
+        ("log.trackers=['mlflow']", "log.trackers = 'mlflow' is not allowed: it must be 'trackio'"),
         ("data.source=1", "data.source = 1 is not allowed"),
         ("data.source=python", "model.vocab_size = 4 is not allowed: it must be at least 259 for text"),
     ],
