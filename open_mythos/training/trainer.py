@@ -59,7 +59,7 @@ def build(config: RunConfig) -> tuple[TrainState, dict[str, Any]]:
     torch.manual_seed(config.train.seed)
     model = OpenMythos(config.model).train()
     loops = torch.Generator().manual_seed(config.train.seed)
-    return TrainState(model, optim.adamw(model, config.optim), data, loops), report
+    return TrainState(model, optim.build_optimizer(model, config.optim), data, loops), report
 
 
 def train(
@@ -162,7 +162,7 @@ def _step(
         torch._foreach_div_(
             [p.grad for p in model.parameters() if p.grad is not None], config.train.accumulate
         )
-    record.grad_norm = optim.clip_gradients(model.parameters(), config.optim.clip)
+    record.grad_norm = float(optim.clip_gradients(model.parameters(), config.optim.clip))
     if not math.isfinite(record.grad_norm):
         raise _not_finite("gradient norm", record.grad_norm, state, record.loops[-1], lr)
     optim.set_lr(state.optimizer, lr)

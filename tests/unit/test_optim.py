@@ -1,7 +1,8 @@
-"""Which parameters decay, the learning rate of each step, clipping."""
+"""Which parameters decay, Muon against torch's, skipped updates, the learning rate of each step, clipping."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,16 @@ import torch
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
 from open_mythos.training.config import OptimConfig
-from open_mythos.training.optim import Schedule, adamw, clip_gradients, parameter_groups, set_lr
+from open_mythos.training.optim import (
+    MuonAdamW,
+    Schedule,
+    build_optimizer,
+    clip_gradients,
+    orthogonalized,
+    parameter_groups,
+    set_lr,
+    skip_when,
+)
 
 
 def model(**changes: object) -> OpenMythos:
@@ -42,7 +52,7 @@ def test_matrices_decay_and_the_rest_does_not(changes: dict[str, object]):
 
 def test_decay_shrinks_matrices_alone():
     net = model()
-    optimizer = adamw(net, OptimConfig(lr=0.5, weight_decay=0.1))
+    optimizer = build_optimizer(net, OptimConfig(lr=0.5, weight_decay=0.1))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -56,7 +66,7 @@ def test_decay_shrinks_matrices_alone():
 def test_adamw_is_the_textbook_update():
     net = model()
     cfg = OptimConfig(lr=0.01, weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6)
-    optimizer = adamw(net, cfg)
+    optimizer = build_optimizer(net, cfg)
     p = net.recurrent.block.ffn.w_in
     expected, m, v = p.detach().double(), 0.0, 0.0
     for step, lr in enumerate((0.01, 0.02), start=1):
@@ -102,11 +112,126 @@ def test_clipping_scales_to_the_limit_and_reports_the_norm_before():
         return ps
 
     ps = gradients()
-    assert clip_gradients(ps, 1.0) == pytest.approx(5.0)
+    assert float(clip_gradients(ps, 1.0)) == pytest.approx(5.0)
     assert ps[0].grad.tolist() == pytest.approx([0.6, 0.0], rel=1e-4)
     for limit in (0.0, 10.0):
         ps = gradients()
-        assert clip_gradients(ps, limit) == pytest.approx(5.0)
+        assert float(clip_gradients(ps, limit)) == pytest.approx(5.0)
         assert ps[1].grad.tolist() == [4.0]
     ps[0].grad[0] = math.nan
-    assert not math.isfinite(clip_gradients(ps, 1.0))
+    assert not clip_gradients(ps, 1.0).isfinite()
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    net = model()
+    groups = parameter_groups(net, 0.1, muon=True)
+    names = {id(p): name for name, p in net.named_parameters()}
+    turned, decayed, plain = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert turned | decayed | plain == set(names.values())
+    assert len(turned) + len(decayed) + len(plain) == len(names)
+    assert {"recurrent.block.ffn.w_in", "recurrent.block.ffn.w_out", "coda_layers.0.attn.wo.weight"} <= turned
+    kept = {"recurrent.block.ffn.router.weight", "recurrent.lora.down.weight", "recurrent.lora.B"}
+    assert decayed == kept | {"recurrent.act.halt.weight"}
+    assert plain == {names[id(p)] for p in parameter_groups(net, 0.1)[1]["params"]}
+
+
+def gradients(net: OpenMythos, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+
+
+def test_muon_is_torchs_on_every_matrix_and_expert():
+    """torch's takes 2-D parameters: experts go to it one by one, turned to (out, in) as its scale expects."""
+    net = model()
+    cfg = OptimConfig(kind="muon", lr=0.01, muon_lr=0.05, muon_momentum=0.9, weight_decay=0.1)
+    optimizer = build_optimizer(net, cfg)
+    twins: dict[str, list[torch.nn.Parameter]] = {}
+    for name, p in net.named_parameters():
+        if any(p is q for q in optimizer.param_groups[0]["params"]):
+            parts = [p] if p.dim() == 2 else [expert.mT for expert in p]
+            twins[name] = [torch.nn.Parameter(part.detach().clone()) for part in parts]
+    assert {len(parts) for parts in twins.values()} == {1, 4}
+    reference = torch.optim.Muon(
+        [q for parts in twins.values() for q in parts], momentum=0.9, weight_decay=0.1
+    )
+    others = copy.deepcopy(net)
+    adamw = build_optimizer(others, OptimConfig(lr=0.01, weight_decay=0.1))
+    for step, lr in enumerate((0.01, 0.003)):
+        gradients(net, step)
+        gradients(others, step)
+        for name, parts in twins.items():
+            grad = net.get_parameter(name).grad
+            for part, g in zip(parts, [grad] if grad.dim() == 2 else [g.mT for g in grad], strict=True):
+                part.grad = g.contiguous()
+        set_lr(optimizer, lr)
+        set_lr(adamw, lr)
+        reference.param_groups[0]["lr"] = lr * 5
+        for each in (optimizer, reference, adamw):
+            each.step()
+    for name, p in net.named_parameters():
+        if name in twins:
+            got = [p] if p.dim() == 2 else [expert.mT for expert in p]
+            for part, expected in zip(got, twins[name], strict=True):
+                torch.testing.assert_close(part.detach(), expected.detach(), rtol=0, atol=2e-3, msg=name)
+        else:
+            assert torch.equal(p, others.get_parameter(name)), name
+
+
+def test_orthogonalized_has_singular_values_near_one():
+    stack = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalized(stack).float())
+    assert 0.5 < float(values.min()) < float(values.max()) < 1.4
+    for one, many in zip(stack, orthogonalized(stack), strict=True):
+        assert torch.equal(orthogonalized(one), many)
+        torch.testing.assert_close(orthogonalized(one.mT), many.mT, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_skipped_update_changes_nothing(kind: str):
+    net = model()
+    optimizer = build_optimizer(net, OptimConfig(kind=kind))
+    twin = copy.deepcopy(net)
+    reference = build_optimizer(twin, OptimConfig(kind=kind))
+    for bad, poison in ((False, False), (True, True), (True, False), (False, False)):
+        gradients(net, 0)
+        if poison:
+            for p in net.parameters():
+                p.grad.fill_(math.nan)
+        skip_when(optimizer, torch.tensor(bad))
+        optimizer.step()
+        if not bad:
+            gradients(twin, 0)
+            reference.step()
+    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        for part, value in optimizer.state[p].items():
+            assert torch.equal(value, reference.state[q][part]), (name, part)
+
+
+def test_a_poisoned_first_step_leaves_muon_as_if_new():
+    net = model()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = build_optimizer(net, OptimConfig(kind="muon"))
+    for p in net.parameters():
+        p.grad = torch.full_like(p, math.inf)
+    skip_when(optimizer, torch.tensor(True))
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+
+
+def test_muons_state_dict_resumes_it():
+    nets = [model() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    first, second = (build_optimizer(net, OptimConfig(kind="muon")) for net in nets)
+    gradients(nets[0], 0)
+    first.step()
+    nets[1].load_state_dict(nets[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for net, optimizer in zip(nets, (first, second), strict=True):
+        assert isinstance(optimizer, MuonAdamW)
+        gradients(net, 1)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
