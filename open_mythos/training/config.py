@@ -20,6 +20,7 @@ from typing import Any
 from open_mythos.config import ConfigError, MythosConfig
 from open_mythos.training.checks import choice, error, known, number, whole
 from open_mythos.training.dataconfig import TASK_NAMES, DataConfig
+from open_mythos.training.logconfig import LogConfig
 from open_mythos.variants import VARIANTS
 
 if sys.version_info >= (3, 11):
@@ -39,8 +40,6 @@ __all__ = [
     "TrainConfig",
     "load_config",
 ]
-
-TRACKERS = ("trackio", "tensorboard", "wandb")
 
 # What each kind of loop count takes, and the default (None in _REQUIRED must be given).
 _REQUIRED = object()
@@ -217,24 +216,6 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         whole("checkpoint.keep", self.keep, 1)
         choice("checkpoint.asynchronous", self.asynchronous, (True, False))
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What is told of a run beside metrics.jsonl; how often is ``train.log_every``.
-
-    Attributes:
-        trackers: any of "trackio", "tensorboard", "wandb".
-    """
-
-    trackers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.trackers, (list, tuple)):
-            raise error("log.trackers", self.trackers, "a list of names")
-        for name in self.trackers:
-            choice("log.trackers", name, TRACKERS)
-        object.__setattr__(self, "trackers", tuple(dict.fromkeys(self.trackers)))
 
 
 @dataclass(frozen=True)
