@@ -1,7 +1,7 @@
 """The training loop: batches in, a run directory out, exact resume.
 
 A run directory holds ``run.json`` (config, versions, totals), ``metrics.jsonl`` (one record per logged step),
-``resume/`` (the train state) and ``model/`` (weights to use).
+``checkpoints/`` (the train state) and ``model/`` (weights to use).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import Tensor
 
 from open_mythos.config import ConfigError
 from open_mythos.model import OpenMythos, spectral_radius
-from open_mythos.training import checkpoint, objective, optim
-from open_mythos.training.checkpoint import TrainState
+from open_mythos.training import objective, optim
+from open_mythos.training.checkpoint import Checkpointer, export_checkpoint, find_checkpoint, write_json
 from open_mythos.training.config import RunConfig
 from open_mythos.training.progress import Progress, Silent
 from open_mythos.training.sources import train_stream
-from open_mythos.weights import save_pretrained
+from open_mythos.training.state import TrainState
 
 __all__ = ["RUN_FILES", "TrainingError", "build", "cpu_threads", "train"]
 
-RUN_FILES = ("run.json", "metrics.jsonl", "eval.json", "model", "records", "resume")
+RUN_FILES = ("run.json", "metrics.jsonl", "eval.json", "model", "records", "checkpoints")
 
 
 class TrainingError(RuntimeError):
@@ -94,28 +94,32 @@ def train(
     _check_out(out, config, resume, overwrite)
     with cpu_threads(config.train.threads):
         state, data_report = build(config)
-        if resume:
-            checkpoint.load_state(out / "resume", state)
-        else:
+        if not resume:
             _clear(out)
-        _keep_metrics(out / "metrics.jsonl", state.step)
-        last = config.train.steps if stop_at is None else min(stop_at, config.train.steps)
-        _write_run(out, config, state, data_report)
-        progress = Silent() if progress is None else progress
-        progress.start(config.train.steps, state.step)
-        try:
-            _run(config, state, out, last, progress)
-        finally:
-            progress.close()
+        with Checkpointer(out / "checkpoints") as saver:
+            if resume:
+                saver.load(state)
+            _keep_metrics(out / "metrics.jsonl", state.step)
+            last = config.train.steps if stop_at is None else min(stop_at, config.train.steps)
+            _write_run(out, config, state, data_report)
+            progress = Silent() if progress is None else progress
+            progress.start(config.train.steps, state.step)
+            try:
+                _run(config, state, out, last, progress, saver)
+            finally:
+                progress.close()
+        export_checkpoint(out / "checkpoints", out / "model")
         _write_run(out, config, state, data_report)
     return out
 
 
-def _run(config: RunConfig, state: TrainState, out: Path, last: int, progress: Progress) -> None:
+def _run(
+    config: RunConfig, state: TrainState, out: Path, last: int, progress: Progress, saver: Checkpointer
+) -> None:
     cfg = config.train
     distribution = objective.loop_distribution(config.loops.kind, **config.loops.options)
     schedule = optim.Schedule(config.optim, cfg.steps)
-    saved, began, before = -1, time.perf_counter(), state.seconds
+    began, before = time.perf_counter(), state.seconds
     mark_seconds, mark_tokens = before, state.tokens
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         while state.step < last:
@@ -131,10 +135,8 @@ def _run(config: RunConfig, state: TrainState, out: Path, last: int, progress: P
                 metrics.flush()
             progress.update(state.step, row)
             if cfg.save_every and state.step % cfg.save_every == 0:
-                _save(config, state, out)
-                saved = state.step
-    if saved != state.step:
-        _save(config, state, out)
+                saver.save(state, config.to_dict())
+    saver.save(state, config.to_dict())
 
 
 def _step(
@@ -201,11 +203,6 @@ def _not_finite(what: str, value: float, state: TrainState, loops: int, lr: floa
     )
 
 
-def _save(config: RunConfig, state: TrainState, out: Path) -> None:
-    checkpoint.save_state(out / "resume", state, config.to_dict())
-    save_pretrained(state.model, out / "model")
-
-
 def _check_out(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
     """Say why ``out`` cannot be used, before any work is done."""
     if resume and overwrite:
@@ -213,8 +210,7 @@ def _check_out(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> N
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out = {str(out)!r} is a file: it must be a directory, or a name that is free")
     if resume:
-        saved = checkpoint.read_meta(out / "resume")["config"]
-        _check_same(saved, config.to_dict())
+        _check_same(find_checkpoint(out / "checkpoints").meta["config"], config.to_dict())
     elif not overwrite and any((out / name).exists() for name in RUN_FILES):
         ways = "continue it (--resume), replace it (--overwrite), or name another --out"
         raise ConfigError(f"{out} already holds a run: {ways}")
@@ -281,7 +277,7 @@ def _write_run(out: Path, config: RunConfig, state: TrainState, data_report: dic
         "loops": {"mean": state.loops_sum / max(1, state.forwards), "max": state.loops_max},
         "seconds": state.seconds,
     }
-    checkpoint.write_json(out / "run.json", run)
+    write_json(out / "run.json", run)
 
 
 def _version(package: str) -> str:

@@ -105,7 +105,7 @@ def test_a_run_directory_holds_what_readers_expect(runs: dict[str, Path]):
             assert sum(row["expert_share"]) == pytest.approx(1, abs=1e-4)
             assert 0 < row["rho"] < 1
         assert (run / "model" / "config.json").is_file()
-        assert (run / "resume" / "state.json").is_file()
+        assert (run / "checkpoints" / "step-000000006" / "state.json").is_file()
 
 
 def test_eval_json_says_quality_against_loops(runs: dict[str, Path]):
@@ -245,7 +245,7 @@ def test_demo_tells_which_run_failed(mythos, tmp_path: Path, monkeypatch: pytest
         (["train", "nowhere.toml"], "config 'nowhere.toml' is not there"),
         (["train", "{root}/configs/smoke.toml", "optim.rl=1"], "optim.rl is not allowed"),
         (["train", "{root}/configs/smoke.toml", "--stop-at", "0"], "--stop-at"),
-        (["train", "{root}/configs/smoke.toml", "--out", "{tmp}/none", "--resume"], "holds no resume state"),
+        (["train", "{root}/configs/smoke.toml", "--out", "{tmp}/none", "--resume"], "holds no checkpoint"),
         (["train", "{root}/configs/smoke.toml", "data.source=nowhere.txt", "model.vocab_size=259",
           "eval.levels=[]", "data.seq_len=8", "--out", "{tmp}/none"], "'nowhere.txt'; allowed is"),
         (["generate", "{tmp}", "--prompt", "x"], "is not a run directory or a saved model"),

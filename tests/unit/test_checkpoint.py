@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from open_mythos.config import ConfigError
-from open_mythos.training import trainer
-from open_mythos.training.checkpoint import CheckpointError, load_state, read_meta, save_state
+from open_mythos.training import checkpoint, trainer
+from open_mythos.training.checkpoint import Checkpointer, CheckpointError, export_checkpoint, find_checkpoint
 from open_mythos.training.config import RunConfig, load_config
+from open_mythos.training.state import TrainState, counters, gather_model, state_tensors
 from open_mythos.training.trainer import TrainingError, build, train
 from open_mythos.weights import from_pretrained
 
@@ -33,7 +38,8 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "resume" / read_meta(out / "resume")["tensors"])
+    (shard,) = find_checkpoint(out / "checkpoints").path.glob("*.safetensors")
+    return load_file(shard)
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -42,9 +48,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert set(first) == set(second)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    meta = [read_meta(out / "resume") for out in (one, other)]
-    for key in ("step", "tokens", "loops_sum", "loops_max", "forwards", "data"):
-        assert meta[0][key] == meta[1][key], key
+    meta = [find_checkpoint(out / "checkpoints").meta for out in (one, other)]
+    assert meta[0]["data"] == meta[1]["data"]
+    assert {**meta[0]["counters"], "seconds": 0} == {**meta[1]["counters"], "seconds": 0}
 
 
 TEXT = ("data.source={text}", "data.seq_len=16", "model.vocab_size=259", "eval.levels=[]")
@@ -71,7 +77,7 @@ def test_a_resumed_run_is_the_unbroken_run(root: Path, tmp_path: Path, overrides
     cfg = config(root, *(part.format(text=text) for part in overrides))
     whole = train(cfg, tmp_path / "whole")
     half = train(cfg, tmp_path / "half", stop_at=STEPS)
-    assert read_meta(half / "resume")["step"] == STEPS
+    assert find_checkpoint(half / "checkpoints").step == STEPS
     assert not json.loads((half / "run.json").read_text())["finished"]
     torch.manual_seed(99)  # a new process would not have this one's generator either
     assert_same_run(whole, train(cfg, half, resume=True))
@@ -97,90 +103,257 @@ def test_the_saved_model_is_the_trained_model(root: Path, tmp_path: Path):
         assert torch.equal(value, state[f"model.{name}"]), name
 
 
-def test_state_survives_a_round_trip_and_leaves_one_tensor_file(root: Path, tmp_path: Path):
-    cfg = config(root)
+def stepped(root: Path, *overrides: str, steps: int = 2) -> tuple[RunConfig, TrainState]:
+    """A state that has trained a little, so that no part of it is as it was built."""
+    cfg = config(root, *overrides)
     state, _ = build(cfg)
-    for step in (1, 2):
-        state.step = step
-        save_state(tmp_path, state, cfg.to_dict())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "step-000000002.safetensors"]
+    plans = trainer.objective.loop_distribution("uniform", low=1, high=3, backprop=2)
+    for _ in range(steps):
+        trainer.objective.loss(state.model, next(state.data), plans.sample(state.loops)).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+        state.seconds += 0.5
+    return cfg, state
+
+
+def same(one: TrainState, other: TrainState) -> None:
+    first, second = state_tensors(one, 0), state_tensors(other, 0)
+    assert set(first) == set(second)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert value.dtype == second[name].dtype, name
+    assert counters(one) == counters(other)
+    assert one.data.state_dict() == other.data.state_dict()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_state_survives_a_round_trip(root: Path, tmp_path: Path, asynchronous: bool):
+    cfg, state = stepped(root)
+    random.seed(5)
+    random.gauss()  # leaves a second number in stock, which belongs to the state
+    np.random.seed(6)
+    with Checkpointer(tmp_path, asynchronous=asynchronous) as saver:
+        saver.save(state, cfg.to_dict())
+        kept = [random.gauss(), np.random.rand(), torch.rand(())]
     other, _ = build(config(root, "train.seed=5"))
-    load_state(tmp_path, other)
-    assert other.step == 2
-    for p, q in zip(state.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(p, q)
-    assert torch.equal(state.loops.get_state(), other.loops.get_state())
+    with Checkpointer(tmp_path) as loader:
+        found = loader.load(other)
+    assert [random.gauss(), np.random.rand(), torch.rand(())] == kept
+    assert (found.step, found.meta["config"]) == (2, cfg.to_dict())
+    assert found.meta["world_size"] == 1
+    torch.set_rng_state(load_file(next(found.path.glob("*.safetensors")))["rng.torch.00000"])
+    with Checkpointer(tmp_path) as loader:
+        loader.load(state)
+    same(state, other)
 
 
-def test_a_save_that_is_cut_short_leaves_the_last_state(
+def test_a_state_is_named_without_wrappers_and_independent_of_parameter_groups(root: Path, tmp_path: Path):
+    cfg, state = stepped(root)
+    with Checkpointer(tmp_path) as saver:
+        saver.save(state, cfg.to_dict())
+    other, _ = build(config(root, "train.seed=5"))
+    other.optimizer = torch.optim.AdamW(list(other.model.parameters())[::-1], fused=True)
+    wrapped = nn.ModuleDict({"_orig_mod": other.model})
+    other.model = wrapped  # type: ignore[assignment]
+    with Checkpointer(tmp_path) as loader:
+        loader.load(other)
+    same(state, other)
+
+
+def test_training_goes_on_while_a_save_is_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    cfg = config(root)
-    state, _ = build(cfg)
-    save_state(tmp_path, state, cfg.to_dict())
+    """And what is written is the state at the call, not what training made of it since."""
+    cfg, state = stepped(root)
+    before = {name: value.clone() for name, value in state_tensors(state, 0).items()}
+    let_go, store = threading.Event(), checkpoint._store
 
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left on device")
+    def held_up(*args: Any) -> None:
+        assert let_go.wait(60)
+        store(*args)
 
-    monkeypatch.setattr("open_mythos.training.checkpoint.save_file", full_disk)
-    state.step = 7
-    with pytest.raises(OSError, match="no space"):
-        save_state(tmp_path, state, cfg.to_dict())
-    load_state(tmp_path, state)
-    assert state.step == 0
+    monkeypatch.setattr(checkpoint, "_store", held_up)
+    with Checkpointer(tmp_path) as saver:
+        saver.save(state, cfg.to_dict())
+        with torch.no_grad():
+            for value in state_tensors(state, 0).values():
+                value.zero_()
+        assert not list(tmp_path.glob("step-*"))
+        let_go.set()
+        saver.wait()
+        saved = load_file(next(tmp_path.glob("step-000000002/*.safetensors")))
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
 
 
-def _cut(folder: Path) -> None:
-    path = next(folder.glob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-8])
+def test_the_newest_checkpoints_are_kept_and_leftovers_of_killed_saves_removed(root: Path, tmp_path: Path):
+    cfg, state = stepped(root)
+    for leftover in (".saving-step-000000009", ".removing-step-000000001"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "state.json").write_text("{")
+    (tmp_path / "notes").mkdir()
+    with Checkpointer(tmp_path, keep=2) as saver:
+        for step in (2, 4, 7, 7, 11):
+            state.step = step
+            saver.save(state, cfg.to_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-000000007", "step-000000011"]
 
 
-def _edit(change: dict[str, Any]):  # type: ignore[no-untyped-def]
+def test_a_save_of_the_step_that_was_loaded_does_nothing(root: Path, tmp_path: Path):
+    cfg, state = stepped(root)
+    with Checkpointer(tmp_path) as saver:
+        saver.save(state, cfg.to_dict())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with Checkpointer(tmp_path) as saver:
+        saver.load(state)
+        saver.save(state, cfg.to_dict())
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_checkpoints_of_a_run_that_was_not_loaded_are_not_replaced(root: Path, tmp_path: Path):
+    cfg, state = stepped(root)
+    with Checkpointer(tmp_path) as saver:
+        saver.save(state, cfg.to_dict())
+    with Checkpointer(tmp_path) as other:
+        other.save(state, cfg.to_dict())
+        with pytest.raises(
+            CheckpointError, match="step-000000002 is there already, of a run that was not loaded"
+        ):
+            other.wait()
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True, None])
+def test_keep_must_be_a_whole_number_of_at_least_one(tmp_path: Path, keep: Any):
+    with pytest.raises(
+        ConfigError, match=r"keep = .* is not allowed: it must be a whole number of at least 1"
+    ):
+        Checkpointer(tmp_path, keep=keep)
+
+
+@pytest.mark.parametrize("call", ["wait", "save", "close"])
+def test_a_failed_save_in_the_background_is_told_at_the_next_call(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+):
+    cfg, state = stepped(root)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    saver = Checkpointer(tmp_path)
+    saver.save(state, cfg.to_dict())
+    saver.wait()
+    monkeypatch.setattr(checkpoint, "_store", full)
+    state.step = 3
+    saver.save(state, cfg.to_dict())
+    arguments = (state, cfg.to_dict()) if call == "save" else ()
+    with pytest.raises(CheckpointError, match=r"^cannot save .*step-000000003: No space left on device$"):
+        getattr(saver, call)(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000002"]
+    monkeypatch.undo()
+    with Checkpointer(tmp_path) as again:
+        again.load(state)
+        state.step = 3
+        again.save(state, cfg.to_dict())
+    assert find_checkpoint(tmp_path).step == 3
+
+
+def _save_and_fail(folder: Path, state: TrainState) -> None:
+    with Checkpointer(folder) as saver:
+        saver.save(state, {})
+        raise TrainingError("went wrong")
+
+
+def test_an_error_under_way_is_not_hidden_by_the_save_that_fails_beside_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    _, state = stepped(root)
+    monkeypatch.setattr(checkpoint, "_store", lambda *_: 1 / 0)
+    with pytest.raises(TrainingError, match="went wrong"):
+        _save_and_fail(tmp_path, state)
+    assert "cannot save" in caplog.text
+    assert "division by zero" in caplog.text
+
+
+def _refit(change: Any) -> Any:
+    """A checkpoint with other tensors, its manifest in order: a checkpoint of another model."""
+
     def apply(folder: Path) -> None:
-        meta = json.loads((folder / "state.json").read_text())
-        (folder / "state.json").write_text(json.dumps({**meta, **change}))
-
-    return apply
-
-
-def _tensor(change) -> Any:  # type: ignore[no-untyped-def]
-    def apply(folder: Path) -> None:
-        path = next(folder.glob("*.safetensors"))
-        held = load_file(path)
+        shard = next(folder.glob("*.safetensors"))
+        held = load_file(shard)
         change(held)
-        save_file(held, path)
+        offsets = {name: {"saved_offsets": [0] * value.dim()} for name, value in held.items()}
+        save_file(held, shard, metadata={"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
+        files = {name: checkpoint._entry(folder / name) for name in (shard.name, "state.json")}
+        body = {"format": checkpoint.FORMAT, "step": 2, "files": files}
+        (folder / "manifest.json").write_bytes(checkpoint._manifest(body))
 
     return apply
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("change", "message"),
     [
-        (lambda folder: (folder / "state.json").unlink(), "holds no resume state"),
-        (lambda folder: (folder / "state.json").write_text("{"), "is damaged"),
-        (lambda folder: (folder / "state.json").write_text("[]"), "is not a resume state"),
-        (lambda folder: next(folder.glob("*.safetensors")).unlink(), "missing or damaged"),
-        (_cut, "missing or damaged"),
-        (_edit({"format": 9}), "has format 9; this version reads 1"),
-        (_edit({"tensors": "../elsewhere.safetensors"}), "must be a file beside it"),
-        (_tensor(lambda held: held.pop("model.norm.weight")), "lacks model.norm.weight"),
-        (_tensor(lambda held: held.update({"model.norm.weight": torch.zeros(3)})), "model.norm.weight is"),
-        (_tensor(lambda held: held.update({"model.extra": torch.zeros(3)})), "holds model.extra"),
+        (lambda held: held.pop("model.norm.weight"), "lacks model.norm.weight"),
+        (lambda held: held.pop("rng.loops"), "lacks rng.loops"),
+        (
+            lambda held: held.update({"model.norm.weight": torch.zeros(3)}),
+            "model.norm.weight is torch.float32",
+        ),
+        (
+            lambda held: held.update({"model.norm.weight": held["model.norm.weight"].half()}),
+            "is torch.float16",
+        ),
+        (lambda held: held.update({"model.extra": torch.zeros(3)}), "holds model.extra"),
+        (lambda held: held.update({"optim.gone.exp_avg": torch.zeros(3)}), "holds optim.gone.exp_avg"),
     ],
 )
-def test_a_damaged_state_is_refused_and_the_model_untouched(
-    root: Path, tmp_path: Path, damage: Any, message: str
+def test_a_checkpoint_of_another_model_is_refused_and_this_one_untouched(
+    root: Path, tmp_path: Path, change: Any, message: str
 ):
-    cfg = config(root)
-    state, _ = build(cfg)
-    save_state(tmp_path, state, cfg.to_dict())
-    damage(tmp_path)
+    cfg, state = stepped(root)
+    with Checkpointer(tmp_path) as saver:
+        saver.save(state, cfg.to_dict())
+    _refit(change)(tmp_path / "step-000000002")
     fresh, _ = build(config(root, "train.seed=5"))
     before = [p.detach().clone() for p in fresh.model.parameters()]
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_state(tmp_path, fresh)
+    with pytest.raises(CheckpointError, match=f"does not fit this run: .*{message}") as caught:
+        Checkpointer(tmp_path).load(fresh)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(p, q) for p, q in zip(before, fresh.model.parameters(), strict=True))
+
+
+def test_an_export_holds_the_weights_of_the_newest_checkpoint_or_of_the_one_named(root: Path, tmp_path: Path):
+    cfg, state = stepped(root, "model.tie_embeddings=true")
+    saver = Checkpointer(tmp_path / "checkpoints")
+    saver.save(state, cfg.to_dict())
+    saver.wait()
+    older = {name: value.clone() for name, value in state.model.state_dict().items()}
+    with torch.no_grad():
+        state.model.embed.weight.add_(1)
+    state.step = 5
+    saver.save(state, cfg.to_dict())
+    saver.close()
+    assert export_checkpoint(tmp_path / "checkpoints", tmp_path / "new").step == 5
+    assert export_checkpoint(tmp_path / "checkpoints" / "step-000000002", tmp_path / "old").step == 2
+    for out, wanted in (("new", state.model.state_dict()), ("old", older)):
+        exported = from_pretrained(tmp_path / out)
+        assert exported.cfg == state.model.cfg
+        assert all(torch.equal(value, wanted[name]) for name, value in exported.state_dict().items())
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        export_checkpoint(tmp_path / "new", tmp_path / "other")
+
+
+def test_a_gathered_model_is_a_copy(root: Path):
+    _, state = stepped(root)
+    copy = gather_model(state.model)
+    assert copy is not None
+    assert copy.training
+    for (name, one), (other, two) in zip(
+        state.model.named_parameters(), copy.named_parameters(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(one, two)
+        assert one.data_ptr() != two.data_ptr()
 
 
 def test_another_config_is_refused_but_more_steps_are_not(root: Path, tmp_path: Path):
@@ -202,7 +375,7 @@ def test_a_run_is_replaced_only_when_asked(root: Path, tmp_path: Path):
         train(cfg, out, resume=True, overwrite=True)
     with pytest.raises(ConfigError, match="is a file"):
         train(cfg, out / "mine.txt")
-    with pytest.raises(CheckpointError, match="holds no resume state"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         train(cfg, tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()
     train(cfg, out, overwrite=True, stop_at=2)
@@ -237,7 +410,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(trainer.objective, "loss", loss)
     with pytest.raises(TrainingError, match=rf"the {what} is nan at step 3 .*lower optim\.lr"):
         train(cfg, tmp_path / "run")
-    assert read_meta(tmp_path / "run" / "resume")["step"] == 2
+    assert find_checkpoint(tmp_path / "run" / "checkpoints").step == 2
     assert [row["step"] for row in records(tmp_path / "run")] == [1, 2]
 
 
