@@ -36,7 +36,7 @@ TABLE = {
     "weights": Row("config model", "numpy safetensors torch"),
     "tasks": Row("config", "torch"),
     "training": Row(
-        "config model tasks tokenizer variants weights",
+        "accounting config model tasks tokenizer variants weights",
         "datasets numpy rich safetensors tomli torch torchdata",
     ),
     "inference": Row("config model tokenizer weights", "numpy torch"),
