@@ -180,7 +180,8 @@ class ACTHalting(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, S, D) → (B, S), in (0, 1)."""
-        return torch.sigmoid(self.halt(h)).squeeze(-1)
+        # Not one linear call: mixed precision keeps the bias, a vector, wider than the weight.
+        return torch.sigmoid(F.linear(h, self.halt.weight.to(h.dtype)).squeeze(-1) + self.halt.bias)
 
 
 class HaltingWeights:
@@ -243,29 +244,27 @@ class HaltingWeights:
         return weight
 
 
-def convergence_loss(states: list[Tensor], probabilities: list[Tensor], tolerance: float) -> Tensor:
+def convergence_loss(p: Tensor, h: Tensor, final: Tensor, tolerance: float) -> Tensor:
     """Teach the halting head to stop where the state already is what it will be.
 
-    Cross entropy of p_t against 1[‖h_t − h_T‖ ≤ tolerance · ‖h_T‖] over the loops before the last.
+    Cross entropy of p against 1[‖h − h_T‖ ≤ tolerance · ‖h_T‖], of one loop before the last.
 
     Args:
-        states: T states (B, S, D); read without gradient.
-        probabilities: T halting probabilities (B, S).
+        p: halting probabilities after this loop, (B, S).
+        h: state after it, (B, S, D); read without gradient.
+        final: state after the last loop, (B, S, D); read without gradient.
         tolerance: relative distance that counts as converged.
 
     Returns:
-        A scalar; zero, but attached to the head, when there is only one loop.
+        (B, S), float32 or wider.
     """
-    p = torch.stack(probabilities).float()
-    if len(states) < 2:
-        return 0.0 * p.sum()
+    dtype = torch.promote_types(p.dtype, torch.float32)
     with torch.no_grad():
-        final = states[-1].float()
-        reach = tolerance * final.norm(dim=-1)
-        done = torch.stack([(h.float() - final).norm(dim=-1) <= reach for h in states[:-1]]).float()
-    p = p[:-1].clamp(1e-6, 1 - 1e-6)
+        final = final.to(dtype)
+        done = (h.to(dtype) - final).norm(dim=-1) <= tolerance * final.norm(dim=-1)
+    p = p.to(dtype).clamp(1e-6, 1 - 1e-6)
     # Written out: autocast on CUDA refuses F.binary_cross_entropy whatever the dtype of its arguments.
-    return -(done * p.log() + (1 - done) * (-p).log1p()).mean()
+    return -torch.where(done, p.log(), (-p).log1p())
 
 
 class _AttachLoss(torch.autograd.Function):

@@ -89,7 +89,20 @@ class RecurrentBlock(nn.Module):
         self.loop_dim = cfg.dim // 8 if cfg.loop_embedding else 0
 
     def forward(self, h: Tensor, e: Tensor, t: int | Tensor, ctx: SequenceContext, slot: str) -> Tensor:
-        """State (B, S, D), injected input (B, S, D), loop index → next state (B, S, D)."""
+        """State (B, S, D), injected input (B, S, D), loop index → next state (B, S, D).
+
+        An index for each sequence, (B,), may be below zero: that sequence has not begun and keeps its state.
+        """
+        if isinstance(t, Tensor) and t.dim():
+            new = self._advance(h, e, t.clamp(min=0), ctx, slot)
+            return torch.where((t >= 0).view(-1, 1, 1), new, h)
+        return self._advance(h, e, t, ctx, slot)
+
+    def halting_loss(self, h: Tensor, final: Tensor) -> Tensor:
+        """What the halting head has to learn from one loop's state: a loss for each position, (B, S)."""
+        return convergence_loss(self.act(h), h, final, self.cfg.halt_tolerance)
+
+    def _advance(self, h: Tensor, e: Tensor, t: int | Tensor, ctx: SequenceContext, slot: str) -> Tensor:
         seen = loop_index_embedding(h, t, self.loop_dim) if self.loop_dim else h
         x = self.norm(seen + e)
         out = self.block(x, ctx, slot)
@@ -143,23 +156,34 @@ class OpenMythos(nn.Module):
         if self.cfg.init == "scaled":
             x = x * math.sqrt(self.cfg.dim)
         for i, layer in enumerate(self.prelude_layers):
-            x = layer(x, ctx, f"prelude_{i}")
+            x = layer(x, ctx, _slot(ctx, f"prelude_{i}"))
         return self.input_norm(x)
 
     def step(self, h: Tensor, e: Tensor, t: int | Tensor, ctx: SequenceContext | None = None) -> Tensor:
-        """One loop: state (B, S, D), injected input (B, S, D), loop index from 0 → next state (B, S, D)."""
+        """One loop: state (B, S, D), injected input (B, S, D), loop index from 0 → next state (B, S, D).
+
+        The index is a number, a tensor of one, or (B,) with one for each sequence, where a sequence whose
+        index is below zero has not begun and keeps its state.
+        """
         ctx = self.context(e) if ctx is None else ctx
         slot = "" if ctx.cache is None else ctx.cache.policy.slot(int(t))
         return self.recurrent(h, e, t, ctx, slot)
 
-    def coda(self, h: Tensor, ctx: SequenceContext | None = None) -> Tensor:
-        """State (B, S, D) → logits (B, S, V)."""
-        ctx = self.context(h) if ctx is None else ctx
-        for i, layer in enumerate(self.coda_layers):
-            h = layer(h, ctx, f"coda_{i}")
-        return self.head(self.norm(h))
+    def coda(
+        self, h: Tensor, ctx: SequenceContext | None = None, logits_at: Tensor | None = None
+    ) -> Tensor:
+        """State (B, S, D) → logits (B, S, V), or (B, 1, V) at one column of each row, (B,)."""
+        features = self.features(h, ctx)
+        return self.head(features if logits_at is None else _rows(features, logits_at))
 
     # What composes them.
+
+    def features(self, h: Tensor, ctx: SequenceContext | None = None) -> Tensor:
+        """The coda before its head: state (B, S, D) → what the head reads, (B, S, D)."""
+        ctx = self.context(h) if ctx is None else ctx
+        for i, layer in enumerate(self.coda_layers):
+            h = layer(h, ctx, _slot(ctx, f"coda_{i}"))
+        return self.norm(h)
 
     def initial_state(self, e: Tensor) -> Tensor:
         """State before the first loop, (B, S, D): e, zeros, or while training unit normal noise."""
@@ -169,11 +193,15 @@ class OpenMythos(nn.Module):
             return torch.randn_like(e)
         return torch.zeros_like(e)
 
-    def think(self, h: Tensor, e: Tensor, ctx: SequenceContext | None, loops: Iterable[int]) -> Tensor:
-        """Run these loops and hand over the state that halting selects, (B, S, D).
+    def think(
+        self, h: Tensor, e: Tensor, ctx: SequenceContext | None, loops: Iterable[int | Tensor]
+    ) -> Tensor:
+        """Run these loops, each with an index as :meth:`step` takes, and hand over a state, (B, S, D).
 
-        In training mode with ``halting="select"`` the halting head learns, on features that carry no gradient
-        back, to tell that the state has settled; see :func:`~open_mythos.model.recurrence.convergence_loss`.
+        It is the state that halting selects. Only while training with ``halting="select"`` it is the last
+        one, so that halting takes nothing from the language model: the halting head learns, on features that
+        carry no gradient back, to tell that the state has settled; see
+        :func:`~open_mythos.model.recurrence.convergence_loss`.
         """
         loops = list(loops)
         if self.cfg.halting == "off" or not loops:
@@ -181,24 +209,33 @@ class OpenMythos(nn.Module):
                 h = self.step(h, e, t, ctx)
             return h
         select = self.cfg.halting == "select"
-        learn = select and self.training and torch.is_grad_enabled()
+        if select and self.training and torch.is_grad_enabled():
+            return self._think_and_learn(h, e, ctx, loops)
         weights = HaltingWeights(self.cfg)
         out = torch.zeros_like(h)
-        states: list[Tensor] = []
-        probabilities: list[Tensor] = []
-        for t in loops:
+        for i, t in enumerate(loops):
             h = self.step(h, e, t, ctx)
-            p = self.recurrent.act(h.detach() if select else h)
+            p = _begun(t, self.recurrent.act(h.detach() if select else h))
             if select:
                 out = weights.observe(h, p.detach(), out)
             else:
-                out = out + weights.next(p, last=t == loops[-1]).unsqueeze(-1).to(h.dtype) * h
-            if learn:
-                states.append(h.detach())
-                probabilities.append(p)
-        if learn:
-            out = attach_loss(out, convergence_loss(states, probabilities, self.cfg.halt_tolerance))
+                out = out + weights.next(p, last=i == len(loops) - 1).unsqueeze(-1).to(h.dtype) * h
         return out
+
+    def _think_and_learn(
+        self, h: Tensor, e: Tensor, ctx: SequenceContext | None, loops: list[int | Tensor]
+    ) -> Tensor:
+        states: list[Tensor] = []
+        for t in loops:
+            h = self.step(h, e, t, ctx)
+            states.append(h.detach())
+        # The last loop asks too: whoever listens to the head hears every loop, and DDP waits for its gradient.
+        losses = [self.recurrent.halting_loss(state, states[-1]) for state in states]
+        begun = [_begun(t, torch.ones_like(loss)) for t, loss in zip(loops, losses, strict=True)]
+        begun[-1] = torch.zeros_like(begun[-1])
+        count = torch.stack(begun).sum().clamp(min=1)
+        total = (torch.stack(losses) * torch.stack(begun)).sum()
+        return attach_loss(h, total / count)
 
     def forward(
         self,
@@ -209,6 +246,7 @@ class OpenMythos(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
         """Logits of every position.
 
@@ -220,9 +258,10 @@ class OpenMythos(nn.Module):
             start_pos: position of the first id; None takes it from the cache. Given, it must agree with it.
             attention_mask: (B, S), nonzero for tokens and zero for padding, on either side, of these ids.
             document_ids: (B, S) non-negative ints; a token sees only its own document.
+            logits_at: (B,) column of each row whose logits are wanted, and no others; None: all.
 
         Returns:
-            (B, S, V).
+            (B, S, V), or (B, 1, V) with ``logits_at``.
 
         Raises:
             ValueError: an argument does not fit the model, the ids or the cache.
@@ -243,9 +282,13 @@ class OpenMythos(nn.Module):
             self.update_router_bias()
         past = ctx.past
         try:
-            e = self.prelude(input_ids, ctx)
-            h = self.think(self.initial_state(e), e, ctx, range(n_loops))
-            logits = self.coda(h, ctx)
+            logits = self._in_one_kernel(input_ids, ctx, n_loops)
+            if logits is None:
+                e = self.prelude(input_ids, ctx)
+                h = self.think(self.initial_state(e), e, ctx, range(n_loops))
+                logits = self.coda(h, ctx) if logits_at is None else self.coda(h, ctx, logits_at)
+            elif logits_at is not None:
+                logits = _rows(logits, logits_at)
         except BaseException:
             if cache is not None:
                 cache.trim(past)
@@ -298,6 +341,14 @@ class OpenMythos(nn.Module):
         width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
         rope = rope_table(positions, width, cfg.rope_theta, self.embed.weight.dtype)
         return SequenceContext(rope, mask, cache, segments, packed=document_ids is not None)
+
+    def _in_one_kernel(self, ids: Tensor, ctx: SequenceContext, n_loops: int) -> Tensor | None:
+        """Logits of a few tokens after cached ones, where the CPU kernel serves; else None."""
+        if ctx.cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        from open_mythos.model.decode import decode
+
+        return decode(self, ids, ctx, n_loops)
 
     def update_router_bias(self) -> None:
         """Let the balancing bias follow the loads counted so far; :meth:`forward` calls it while training."""
@@ -414,6 +465,11 @@ def rescale_spectral_radius(model: OpenMythos, limit: float = 0.9) -> float:
     return model.recurrent.injection.rescale(limit)
 
 
+def _rows(x: Tensor, columns: Tensor) -> Tensor:
+    """One column of each row, (B, S, …) and (B,) → (B, 1, …)."""
+    return x[torch.arange(x.shape[0], device=x.device), columns].unsqueeze(1)
+
+
 def _recomputing() -> bool:
     """Whether a backward is running this forward again, which must then choose the same experts."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -478,6 +534,18 @@ def _segments(
             before = torch.zeros((shape[0], cache.length), dtype=torch.int64, device=tokens.device)
         marks = torch.cat((before, marks), 1)
     return marks
+
+
+def _begun(t: int | Tensor, value: Tensor) -> Tensor:
+    """(B, S), with zeros for sequences that have not begun."""
+    if isinstance(t, Tensor) and t.dim():
+        return value * (t >= 0).unsqueeze(1)
+    return value
+
+
+def _slot(ctx: SequenceContext, name: str) -> str:
+    """Nothing where nothing is cached, so that a compiler sees equal layers as one."""
+    return name if ctx.cache is not None else ""
 
 
 def _visibility(segments: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:

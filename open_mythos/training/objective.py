@@ -1,18 +1,22 @@
 """What training descends: the loss over the loops that a plan asks for.
 
+    e = prelude(ids),  h = step(... step(initial_state(e)))      the first n_free loops without gradient
+    loss = Σ −log softmax(head(features(h)))[target] / targets
+
 Shape letters: B batch, S sequence, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.model import OpenMythos
 from open_mythos.tasks.base import IGNORE_INDEX
+from open_mythos.training.cross_entropy import Rows, linear_cross_entropy
 from open_mythos.training.loops import (
     Fixed,
     LogNormalPoisson,
@@ -28,6 +32,7 @@ __all__ = [
     "LogNormalPoisson",
     "LoopDistribution",
     "LoopPlan",
+    "Objective",
     "Progressive",
     "Uniform",
     "logits",
@@ -36,43 +41,81 @@ __all__ = [
 ]
 
 
-def logits(model: OpenMythos, batch: Mapping[str, Tensor], plan: LoopPlan) -> Tensor:
-    """Run the model as the plan says, gradients through its last ``n_grad`` loops only.
+class Objective(nn.Module):
+    """The mean cross entropy of a model under a plan, as one module: what is compiled, sharded and descended.
 
-    Prelude and coda carry gradients as well; the injected input does so through the last loops. In training
-    mode the router's balancing bias is updated first, as :meth:`OpenMythos.forward` does.
+    Prelude and coda carry gradients, the looped block through the plan's last ``n_grad`` loops only, and so
+    does the injected input. In training mode the router's balancing bias is updated first, as
+    :meth:`OpenMythos.forward` does.
 
     Args:
         model: the model.
-        batch: ``ids`` (B, S) and, for packed documents, ``document_ids`` (B, S).
-        plan: loops without and with gradient.
-
-    Returns:
-        (B, S, V).
     """
-    ctx = model.context(batch["ids"], document_ids=batch.get("document_ids"))
-    if model.training and torch.is_grad_enabled():
-        model.update_router_bias()
-    e = model.prelude(batch["ids"], ctx)
-    h = model.initial_state(e)
-    with torch.no_grad():
-        for t in range(plan.n_free):
-            h = model.step(h, e, t, ctx)
-    h = model.think(h, e, ctx, range(plan.n_free, plan.total))
-    return model.coda(h, ctx)
+
+    def __init__(self, model: OpenMythos) -> None:
+        super().__init__()
+        self.model = model
+        self.rows: Rows | None = None  # a compiled softmax_gradient, set by training/acceleration.py
+
+    def forward(
+        self, batch: Mapping[str, Tensor], plan: LoopPlan, targets: float | Tensor | None = None
+    ) -> Tensor:
+        """Cross entropy in nats, summed over the targets that are not -100, over a number of targets.
+
+        Args:
+            batch: ``ids`` (B, S), ``targets`` (B, S): ids, or -100 where nothing is scored; and, for packed
+                documents, ``document_ids`` (B, S).
+            plan: loops without and with gradient.
+            targets: what to divide by; the batch's own count when None. Ranks whose gradients are averaged
+                divide by the global count over the number of ranks.
+
+        Returns:
+            A scalar, float32 or wider.
+        """
+        model = self.model
+        h, ctx = self._states(batch, plan)
+        x, wanted = model.features(h, ctx).flatten(0, 1), batch["targets"].flatten()
+        if targets is None:
+            targets = (wanted != IGNORE_INDEX).sum()
+        divisor = torch.as_tensor(targets, device=x.device)
+        return linear_cross_entropy(x, model.head.weight, wanted, divisor, IGNORE_INDEX, self.rows)
+
+    def logits(self, batch: Mapping[str, Tensor], plan: LoopPlan) -> Tensor:
+        """What the loss scores, written out: (B, S, V)."""
+        h, ctx = self._states(batch, plan)
+        return self.model.coda(h, ctx)
+
+    def _states(self, batch: Mapping[str, Tensor], plan: LoopPlan) -> tuple[Tensor, Any]:
+        model = self.model
+        ctx = model.context(batch["ids"], document_ids=batch.get("document_ids"))
+        if model.training and torch.is_grad_enabled():
+            model.update_router_bias()
+        e = model.prelude(batch["ids"], ctx)
+        h = model.initial_state(e)
+        indices = list(plan.indices(e.device).unbind())
+        with torch.no_grad():
+            for t in indices[: plan.n_free]:
+                h = model.step(h, e, t, ctx)
+        if torch.is_grad_enabled() and not h.requires_grad:
+            # So that to a compiler the first of these loops is like the others.
+            h = h.detach().requires_grad_()
+        return model.think(h, e, ctx, indices[plan.n_free :]), ctx
+
+
+def logits(model: OpenMythos, batch: Mapping[str, Tensor], plan: LoopPlan) -> Tensor:
+    """Logits of the plan's last loop, (B, S, V); see :class:`Objective`."""
+    return Objective(model).logits(batch, plan)
 
 
 def loss(model: OpenMythos, batch: Mapping[str, Tensor], plan: LoopPlan) -> Tensor:
-    """Mean cross entropy in nats over the targets that are not -100, at the plan's last loop.
+    """Mean cross entropy in nats over the targets that are not -100; see :class:`Objective`.
 
     Args:
         model: the model.
-        batch: as for :func:`logits`, and ``targets`` (B, S): ids, or -100 where nothing is scored.
+        batch: ``ids``, ``targets`` and perhaps ``document_ids``, each (B, S).
         plan: loops without and with gradient.
 
     Returns:
         A scalar, float32 or wider.
     """
-    scores = logits(model, batch, plan)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return F.cross_entropy(scores.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE_INDEX)
+    return Objective(model)(batch, plan)

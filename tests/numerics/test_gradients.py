@@ -234,19 +234,17 @@ def test_averaged_halting(mode: str, threshold: float) -> None:
     check(nn.Identity(), mix, torch.randn(5, 2, 3, dtype=F64) - 1, torch.randn(5, 2, 3, D, dtype=F64))
 
 
-def test_the_halting_loss() -> None:
-    """Analytic: d/dp of the mean cross entropy; nothing flows to the states."""
-    states = [torch.randn(2, 3, D, dtype=F64, requires_grad=True) for _ in range(3)]
-    with torch.no_grad():
-        states[1].copy_(states[2])
-    logits = [torch.randn(2, 3, dtype=F64, requires_grad=True) for _ in range(3)]
-    loss = convergence_loss(states, [x.sigmoid() for x in logits], 0.05)
-    grads = torch.autograd.grad(loss, [*logits, *states], allow_unused=True)
-    # Loss.float() rounds the probabilities to float32.
-    torch.testing.assert_close(grads[0], logits[0].sigmoid().detach() / 12, rtol=0, atol=1e-7)
-    torch.testing.assert_close(grads[1], (logits[1].sigmoid().detach() - 1) / 12, rtol=0, atol=1e-7)
-    assert grads[2] is None or not grads[2].any()
-    assert all(grad is None for grad in grads[3:])
+@pytest.mark.parametrize("settled", [True, False])
+def test_the_halting_loss(settled: bool) -> None:
+    """Analytic: d/d logit of the cross entropy; nothing flows to the states."""
+    final = torch.randn(2, 3, D, dtype=F64, requires_grad=True)
+    h = (final if settled else -final).detach().requires_grad_()
+    logit = torch.randn(2, 3, dtype=F64, requires_grad=True)
+    loss = convergence_loss(logit.sigmoid(), h, final, 0.05).sum()
+    grads = torch.autograd.grad(loss, [logit, h, final], allow_unused=True)
+    torch.testing.assert_close(grads[0], logit.sigmoid().detach() - int(settled), rtol=0, atol=1e-12)
+    assert grads[1] is None
+    assert grads[2] is None
 
 
 def test_an_attached_loss_is_descended_and_the_value_is_not_changed() -> None:

@@ -371,13 +371,21 @@ def test_the_head_learns_in_a_plain_loop_where_the_state_has_settled() -> None:
     assert ends[False] < 0.1
 
 
-def test_the_halting_loss_is_one_number_and_zero_for_one_loop() -> None:
+def test_the_halting_loss_of_states_that_have_settled_and_have_not() -> None:
     h, p = torch.randn(2, 3, 4), torch.rand(2, 3, requires_grad=True)
-    assert convergence_loss([h], [p], 0.05).item() == 0.0
-    settled = convergence_loss([h, h, h], [p, p, p], 0.05)
-    torch.testing.assert_close(settled, -p.clamp(1e-6, 1 - 1e-6).log().mean())
+    settled = convergence_loss(p, h, h * 1.04, 0.05)
+    torch.testing.assert_close(settled, -p.clamp(1e-6, 1 - 1e-6).log())
+    moving = convergence_loss(p, h, h * 1.06, 0.05)
+    torch.testing.assert_close(moving, -(1 - p.clamp(1e-6, 1 - 1e-6)).log())
     certain = torch.ones(2, 3, requires_grad=True)
-    assert convergence_loss([h, -h], [certain, certain], 0.05).isfinite()
+    assert convergence_loss(certain, h, -h, 0.05).isfinite().all()
+
+
+def test_a_single_loop_teaches_the_halting_head_nothing() -> None:
+    model = build()
+    model.train()(torch.randint(0, 16, (2, 5)), n_loops=1).sum().backward()
+    assert not model.recurrent.act.halt.weight.grad.any()
+    assert model.recurrent.act.halt.bias.grad == 0
 
 
 def test_training_under_autocast_works_with_the_halting_loss() -> None:
