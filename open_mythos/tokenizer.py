@@ -5,10 +5,18 @@ Importing this module imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["ByteTokenizer", "MythosTokenizer", "get_vocab_size", "load_tokenizer"]
+__all__ = ["ByteTokenizer", "Ids", "MythosTokenizer", "get_vocab_size", "load_tokenizer"]
+
+# Special tokens of published tokenizer.json files, which do not say what their tokens are for. The first that a file
+# has is taken.
+_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
+_PAD = ("<pad>", "[PAD]", "<|pad|>")
 
 
 class ByteTokenizer:
@@ -84,29 +92,36 @@ class ByteTokenizer:
 
 
 class MythosTokenizer:
-    """The tokenizer that goes with a model: bytes, or any Hugging Face tokenizer by name.
+    """The tokenizer that goes with a model: bytes, a ``tokenizer.json``, or a Hugging Face tokenizer by name.
 
     Args:
-        model_id: None for the byte tokenizer. A string is passed to ``transformers.AutoTokenizer``: a Hub id
-            or a local directory. transformers is imported then and not before. Code shipped with a tokenizer
-            is never run.
+        model_id: None for the byte tokenizer. A name that ends in .json is a file of the tokenizers library,
+            which is imported then. Any other string is passed to ``transformers.AutoTokenizer``: a Hub id or
+            a local directory. transformers is imported then and not before. Code shipped with a tokenizer is
+            never run.
+        eos_token: the token that ends a document, for a file that has none of the usual ones.
 
     Attributes:
         model_id: as given.
         tokenizer: the ``ByteTokenizer`` or the Hugging Face tokenizer behind this one.
 
     Raises:
-        ImportError: ``model_id`` is a string and transformers is not installed.
-        ValueError: ``model_id`` is neither None nor a non-empty string.
+        ImportError: ``model_id`` is a string and the library for it is not installed.
+        ValueError: ``model_id`` is neither None nor a non-empty string, the file is no tokenizer, or it has
+            no such ``eos_token``.
     """
 
-    def __init__(self, model_id: str | None = None) -> None:
+    def __init__(self, model_id: str | None = None, *, eos_token: str | None = None) -> None:
         if model_id is not None and (not isinstance(model_id, str) or not model_id):
             raise ValueError(
                 f"model_id={model_id!r}; allowed is None (bytes) or the name of a Hugging Face tokenizer"
             )
         self.model_id = model_id
-        self.tokenizer: Any = ByteTokenizer() if model_id is None else _hugging_face_tokenizer(model_id)
+        self.tokenizer: Any = ByteTokenizer()
+        if model_id is not None:
+            load: Any = _JsonTokenizer if model_id.endswith(".json") else _hugging_face_tokenizer
+            self.tokenizer = load(model_id)
+        self._eos = None if eos_token is None else self._named(eos_token)
 
     def __len__(self) -> int:
         return len(self.tokenizer)
@@ -132,7 +147,7 @@ class MythosTokenizer:
     @property
     def eos_id(self) -> int | None:
         """Id that ends a document; None if the tokenizer has none."""
-        return self._special("eos")
+        return self._special("eos") if self._eos is None else self._eos
 
     @property
     def pad_id(self) -> int | None:
@@ -145,16 +160,121 @@ class MythosTokenizer:
             return self.tokenizer.encode(text)
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text. The name of a special token in a text is text like any other here, so that a
+        document cannot end itself.
+        """
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return [self.tokenizer.encode(text) for text in texts]
+        if isinstance(self.tokenizer, _JsonTokenizer):
+            return self.tokenizer.encode_batch(texts)
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return list(encoded["input_ids"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart tokenizers that give different ids: "bytes", or a hash of the whole tokenizer."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return "bytes"
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = (
+            backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        )
+        return hashlib.sha256(f"{content} {self.eos_id} {self.bos_id}".encode()).hexdigest()
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of ``token_ids``, special tokens left out."""
         if isinstance(self.tokenizer, ByteTokenizer):
             return self.tokenizer.decode(token_ids)
         return str(self.tokenizer.decode([int(i) for i in token_ids], skip_special_tokens=True))
 
+    def _named(self, token: str) -> int:
+        vocabulary = {} if isinstance(self.tokenizer, ByteTokenizer) else self.tokenizer.get_vocab()
+        if token not in vocabulary:
+            raise ValueError(f"eos_token={token!r}; allowed is a token of {self.model_id or 'bytes'}")
+        return int(vocabulary[token])
+
     def _special(self, kind: str) -> int | None:
         name = f"{kind}_id" if isinstance(self.tokenizer, ByteTokenizer) else f"{kind}_token_id"
         value = getattr(self.tokenizer, name)
         return None if value is None else int(value)
+
+
+class Ids:
+    """What is known of the ids in a token file: it was tokenised elsewhere.
+
+    Args:
+        vocab_size: V.
+        eos_id: the id between documents.
+    """
+
+    bos_id = None
+    pad_id = None
+
+    def __init__(self, vocab_size: int, eos_id: int) -> None:
+        self.vocab_size = vocab_size
+        self.eos_id = eos_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells V and the separator apart."""
+        return f"ids below {self.vocab_size}, {self.eos_id} between documents"
+
+
+class _JsonTokenizer:
+    """A ``tokenizer.json``, with what this module asks of a Hugging Face tokenizer."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ImportError(
+                f"model_id={path!r} needs the package tokenizers: pip install open-mythos[data]"
+            ) from error
+        if not Path(path).is_file():
+            raise ValueError(f"model_id={path!r}; allowed is a tokenizer.json file that exists")
+        try:
+            self.backend_tokenizer = Tokenizer.from_file(path)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"model_id={path!r} is no tokenizer.json: {error}") from error
+        self._vocabulary: dict[str, int] = self.backend_tokenizer.get_vocab(with_added_tokens=True)
+        self.eos_token_id = self._first(_EOS)
+        self.bos_token_id = self._first(_BOS)
+        self.pad_token_id = self._first(_PAD)
+
+    def __len__(self) -> int:
+        return max(self._vocabulary.values()) + 1
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token → id."""
+        return self._vocabulary
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of one text."""
+        return list(self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on all cores, special tokens read as text."""
+        self.backend_tokenizer.encode_special_tokens = True
+        try:
+            batch = self.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            self.backend_tokenizer.encode_special_tokens = False
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of these ids."""
+        return str(self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def _first(self, names: Iterable[str]) -> int | None:
+        return next((self._vocabulary[name] for name in names if name in self._vocabulary), None)
 
 
 def load_tokenizer(model_id: str | None = None) -> MythosTokenizer:

@@ -37,6 +37,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _prepared_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tokens that tests prepare go to a folder of this session, and those of processes that they start too."""
+    os.environ["OPEN_MYTHOS_DATA"] = str(tmp_path_factory.mktemp("prepared"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

@@ -9,35 +9,47 @@ from torch import Tensor
 
 from open_mythos.config import ConfigError
 from open_mythos.tasks import Task
-from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.training.batches import PackedDataset, TaskStream
 from open_mythos.training.config import RunConfig
-from open_mythos.training.data import Document, load_documents, pack_documents, split_documents
+from open_mythos.training.prepare import Prepared, Tell, prepare
+from open_mythos.training.shards import Blocks
 
 __all__ = ["evaluation_batches", "train_stream"]
 
-# Below this, a split by document would leave a part empty or tiny: each document is cut instead.
-_FEW_DOCUMENTS = 20
-_CUTS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
-
-def train_stream(config: RunConfig) -> tuple[PackedDataset | TaskStream, dict[str, Any]]:
+def train_stream(
+    config: RunConfig, rank: int = 0, size: int = 1, tell: Tell | None = None
+) -> tuple[PackedDataset | TaskStream, dict[str, Any]]:
     """The batches to train on, without end, and a JSON-ready account of the data.
 
+    Text is tokenised first, unless that has been done (:func:`~open_mythos.training.prepare.prepare`). All ranks may
+    call this at once.
+
+    Args:
+        config: the run; ``train.batch_size`` rows are the batch of all ranks together.
+        rank: rank r gets the rows from r·B/size on of each batch. The order of samples is the same for every size.
+        size: number of ranks; divides the batch size.
+        tell: called with a short phrase now and then while text is tokenised.
+
     Raises:
-        ConfigError: the source is not there, is too small, or does not fit the task.
+        ConfigError: the source is not there, is too small, or does not fit the model; the batch cannot be divided.
     """
-    size, seed = config.train.batch_size, config.train.seed
+    batch, seed = config.train.batch_size, config.train.seed
+    if batch % size:
+        allowed = f"a multiple of the number of processes, {size}"
+        raise ConfigError(f"train.batch_size = {batch} is not allowed: it must be {allowed}")
     if config.data.is_task:
         task, known = config.data.task(), config.model.vocab_size
         if known < task.vocab_size:
             allowed = f"at least {task.vocab_size} for the task"
             raise ConfigError(f"model.vocab_size = {known} is not allowed: it must be {allowed}")
         _check_lengths(config, task)
-        return TaskStream(task, size, seed=seed), {"task": repr(task)}
-    documents, report = _documents(config, "train")
-    packed = _pack(documents, config, "train")
-    return PackedDataset(packed, size, seed=seed), {**report, "train": packed.report()}
+        return TaskStream(task, batch, seed=seed, rank=rank, size=size), {"task": repr(task)}
+    prepared = prepare(config.data, tell)
+    blocks = _blocks(config, prepared, "train")
+    ahead = {key: config.data.options[key] for key in ("prefetch", "workers")}
+    stream = PackedDataset(blocks, batch, seed=seed, rank=rank, size=size, **ahead)
+    return stream, {**prepared.report(), "train": blocks.report()}
 
 
 def evaluation_batches(
@@ -62,13 +74,24 @@ def evaluation_batches(
             task, size, seed=1, split=split, steps=steps, **harder
         )
     else:
-        documents, _ = _documents(config, split)
-        batches = PackedDataset(_pack(documents, config, split), size, seed=1, epochs=1)
+        batches = PackedDataset(_blocks(config, prepare(config.data), split), size, seed=1, epochs=1)
     for batch in batches:
         yield {key: rows[:left] for key, rows in batch.items()}
         left -= size
         if left <= 0:
             return
+
+
+def _blocks(config: RunConfig, prepared: Prepared, split: str) -> Blocks:
+    """A split, once it is known to fit the model."""
+    index, model, options = prepared.index, config.model, config.data.options
+    if model.vocab_size < index["vocab_size"]:
+        allowed = f"at least {index['vocab_size']} for this text"
+        raise ConfigError(f"model.vocab_size = {model.vocab_size} is not allowed: it must be {allowed}")
+    if model.eos_token_id != index["eos_id"]:
+        allowed = f"{index['eos_id']}, which ends the documents of this text"
+        raise ConfigError(f"model.eos_token_id = {model.eos_token_id} is not allowed: it must be {allowed}")
+    return Blocks(prepared.folder, index, split, options["seq_len"], options["verify"])
 
 
 def _check_lengths(config: RunConfig, task: Task) -> None:
@@ -86,29 +109,3 @@ def _check_lengths(config: RunConfig, task: Task) -> None:
                 f"{name} = {level} is not allowed: it makes sequences of {task.width(level)} tokens, more than "
                 f"model.max_seq_len ({longest})"
             )
-
-
-def _documents(config: RunConfig, split: str) -> tuple[list[Document], dict[str, Any]]:
-    source = config.data.source
-    try:
-        corpus = load_documents(source, text_field=config.data.options["text_field"])
-    except ValueError as error:
-        raise ConfigError(f"data.{error}") from error
-    if len(corpus.documents) >= _FEW_DOCUMENTS:
-        return split_documents(corpus.documents)[split], corpus.report()
-    low, high = _CUTS[split]
-    parts = [
-        Document(name, text[int(low * len(text)) : int(high * len(text))]) for name, text in corpus.documents
-    ]
-    return parts, {
-        **corpus.report(),
-        "split": f"each document cut, for there are fewer than {_FEW_DOCUMENTS}",
-    }
-
-
-def _pack(documents: list[Document], config: RunConfig, split: str) -> Any:
-    options = config.data.options
-    try:
-        return pack_documents(documents, ByteTokenizer(), seq_len=options["seq_len"], bos=options["bos"])
-    except ValueError as error:
-        raise ConfigError(f"data.source = {config.data.source!r}, {split} split: {error}") from error

@@ -37,7 +37,7 @@ TABLE = {
     "tasks": Row("config", "torch"),
     "training": Row(
         "accounting config model tasks tokenizer variants weights",
-        "datasets numpy rich safetensors tomli torch torchdata",
+        "datasets numpy pyarrow rich safetensors tomli torch",
     ),
     "inference": Row("config model tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),

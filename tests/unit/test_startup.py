@@ -11,7 +11,7 @@ from pathlib import Path
 RUNS = 5
 HELP_LIMIT_S = 0.5
 IMPORT_LIMIT_S = 0.15
-HEAVY = {"torch", "numpy", "matplotlib", "transformers", "tokenizers", "datasets", "torchdata", "safetensors"}
+HEAVY = {"torch", "numpy", "matplotlib", "transformers", "tokenizers", "datasets", "pyarrow", "safetensors"}
 
 
 def _python(code: str) -> str:
