@@ -71,10 +71,12 @@ class TrainState:
         loops: the generator that loop counts are drawn from; the same on every process.
         step: optimiser steps done.
         tokens: input tokens seen.
-        loops_sum: loops of all forward passes together.
+        loops_sum: loops of all forward passes together; a pass counts with the mean over its sequences.
         loops_max: most loops of one forward pass.
         forwards: forward passes done.
         seconds: time spent training, earlier sessions included.
+        skips: steps whose update was left out, because a loss or a gradient was not finite.
+        skips_in_row: those of them that nothing has followed.
     """
 
     model: OpenMythos
@@ -83,10 +85,12 @@ class TrainState:
     loops: torch.Generator
     step: int = 0
     tokens: int = 0
-    loops_sum: int = 0
+    loops_sum: float = 0
     loops_max: int = 0
     forwards: int = 0
     seconds: float = 0.0
+    skips: int = 0
+    skips_in_row: int = 0
 
 
 def counters(state: TrainState) -> dict[str, int | float]:
@@ -95,11 +99,20 @@ def counters(state: TrainState) -> dict[str, int | float]:
 
 
 def state_tensors(state: TrainState, rank: int) -> dict[str, Tensor]:
-    """Name → tensor of all that is not JSON: the live tensors of model and optimiser, and this rank's noise."""
+    """Name → tensor of all that is not JSON: the live tensors of model and optimiser, and this rank's noise.
+
+    Raises:
+        CheckpointError: the optimiser has state of a tensor that is not the model's, so it would be lost.
+    """
     tensors = _model_tensors(state.model)
+    held = {id(parameter): parts for parameter, parts in state.optimizer.state.items() if parts}
     for name, parameter in _parameters(state.model).items():
-        for part, value in state.optimizer.state.get(parameter, {}).items():
+        for part, value in held.pop(id(parameter), {}).items():
             tensors[f"optim.{name}.{part}"] = value.detach()
+    if held:
+        raise CheckpointError(
+            f"the optimizer has state of {len(held)} tensors that are not the model's parameters"
+        )
     tensors["rng.loops"] = state.loops.get_state()
     return tensors | {f"rng.{kind}.{rank:05d}": value for kind, value in _noise().items()}
 
