@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from open_mythos.config import ConfigError
-from open_mythos.tasks.base import SPLIT_SHARES
 from open_mythos.tokenizer import Ids, MythosTokenizer
 from open_mythos.training.data import Record, Source, open_source
 from open_mythos.training.dataconfig import DataConfig
@@ -34,7 +33,7 @@ from open_mythos.training.shards import FORMAT, INDEX, ShardWriter, read_index, 
 __all__ = ["REPORT", "Prepared", "prepare", "split_of_name"]
 
 REPORT = "data_report.json"
-SPLITS = tuple(SPLIT_SHARES)
+SPLITS = ("train", "validation", "test")
 SHARES = (0.9, 0.05, 0.05)
 # Below this, a split by document would leave a part empty or tiny: each document is cut instead.
 FEW_DOCUMENTS = 20
@@ -213,7 +212,7 @@ class _Builder:
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.eos = tokenizer.eos_id
         self.first = [tokenizer.bos_id] if data.options["bos"] else []
-        self.writers = [ShardWriter(folder, split, self.dtype) for split in SPLITS]
+        self.writers: list[ShardWriter] = []
         self.bad: Counter[str] = Counter()
         self.located: list[dict[str, Any]] = []
         self.documents = self.tokens = 0
@@ -222,9 +221,13 @@ class _Builder:
 
     def build(self, source: Source) -> None:
         """Write shards, report and index."""
-        for batch in _batches(self._divided(self._good(source.records))):
-            if self._write(batch):
-                break
+        with ExitStack() as stack:
+            writers = [ShardWriter(self.folder, split, self.dtype) for split in SPLITS]
+            self.writers = [stack.enter_context(writer) for writer in writers]
+            for batch in _batches(self._divided(self._good(source.records))):
+                if self._write(batch):
+                    break
+            splits = {split: writer.finish() for split, writer in zip(SPLITS, self.writers, strict=True)}
         if not self.documents:
             left = dict(sorted((self.bad + Counter(source.skipped.values())).items()))
             raise ConfigError(f"data.source = {self.data.source!r} holds no document; left out there: {left}")
@@ -249,7 +252,7 @@ class _Builder:
             "split": f"each document cut, for there are fewer than {FEW_DOCUMENTS}"
             if self.cut
             else "whole documents",
-            "splits": {split: writer.finish() for split, writer in zip(SPLITS, self.writers, strict=True)},
+            "splits": splits,
         }
         for name, value in ((REPORT, report), (INDEX, index)):
             (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -69,6 +69,13 @@ class ShardWriter:
         if self._tokens >= self._limit:
             self._close()
 
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:  # finish was not reached
+            self._file.close()
+
     def finish(self) -> dict[str, Any]:
         """What index.json says of the split."""
         self._close()
