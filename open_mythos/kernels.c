@@ -48,24 +48,29 @@ INLINE float silu(float x) { return x / (1.0f + fast_exp(-x)); }
 /* ---- products ---- */
 
 INLINE float lane_sum(lanes v) {
-    float a[LANES];
-    memcpy(a, &v, sizeof a);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) a[i] += a[i + width];
-    return a[0];
+    typedef int32_t index __attribute__((vector_size(4 * LANES)));
+    v += __builtin_shuffle(v, (index){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v += __builtin_shuffle(v, (index){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v += __builtin_shuffle(v, (index){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    return v[0] + v[1];
 }
 
 /* y[r, t] = w[r] . x[t] for R rows and T tokens held in registers. */
 INLINE void dot_tile(const float *w, i64 ldw, const float *x, i64 ldx, i64 len, float *y, i64 row, i64 token,
-                     const int R, const int T) {
-    lanes acc[4][2];
+                     const int R, const int T, const int first) {
+    lanes acc[4][4];
     i64 i = 0;
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) acc[r][t] = (lanes){0};
-    for (; i + LANES <= len; i += LANES)
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++)
-                acc[r][t] += *(const lanes *)(w + r * ldw + i) * *(const lanes *)(x + t * ldx + i);
+    for (; i + LANES <= len; i += LANES) {
+        lanes in[4];
+        for (int t = 0; t < T; t++) in[t] = *(const lanes *)(x + t * ldx + i);
+        for (int r = 0; r < R; r++) {
+            if (first) __builtin_prefetch(w + (r + R) * ldw + i, 0, 2); /* the next rows; past the end it does nothing */
+            const lanes row_r = *(const lanes *)(w + r * ldw + i);
+            for (int t = 0; t < T; t++) acc[r][t] += row_r * in[t];
+        }
+    }
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) {
             float sum = lane_sum(acc[r][t]);
@@ -79,15 +84,18 @@ static void dots(const float *w, i64 ldw, i64 rows, const float *x, i64 ldx, i64
                  i64 row, i64 token) {
     i64 r = 0;
     for (; r + 4 <= rows; r += 4) {
+        const float *tile = w + r * ldw;
+        float *out = y + r * row;
         i64 t = 0;
+        for (; t + 4 <= tokens; t += 4)
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 4, t == 0);
         for (; t + 2 <= tokens; t += 2)
-            dot_tile(w + r * ldw, ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 4, 2);
-        if (t < tokens)
-            dot_tile(w + r * ldw, ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 4, 1);
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 2, t == 0);
+        if (t < tokens) dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 1, t == 0);
     }
     for (; r < rows; r++)
         for (i64 t = 0; t < tokens; t++)
-            dot_tile(w + r * ldw, ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 1, 1);
+            dot_tile(w + r * ldw, ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 1, 1, 0);
 }
 
 /* y[t][from..to] += sum over R rows of x[t][r] * w[r][from..to]. */
@@ -348,3 +356,5 @@ void om_latent_outputs(const float *queries, const float *latent, i64 latent_bat
         if (from < to) dots(wo + from * H * V, H * V, to - from, values, H * V, N, H * V, y + from, 1, D);
     }
 }
+
+#include "kernels_decode.c"

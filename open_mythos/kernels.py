@@ -34,13 +34,18 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "MAX_TOKENS",
+    "Layer",
+    "Slot",
+    "Step",
     "disabled",
     "latent_outputs",
     "latent_queries",
     "moe",
+    "readable",
     "rms_norm",
     "serves",
     "status",
+    "step",
     "swiglu",
 ]
 
@@ -48,6 +53,7 @@ MAX_TOKENS = 16
 """Beyond this many tokens the matrix products of PyTorch are the faster way."""
 
 SOURCE = Path(__file__).with_name("kernels.c")
+PARTS = [SOURCE.with_name(name) for name in ("kernels_decode.c",)]  # which it includes
 # Not -ffast-math: NaN and infinity must stay what they are.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 
@@ -105,7 +111,8 @@ def _build() -> Path:
     openmp = _openmp()
     compiler = shlex.split(os.environ.get("CC") or "cc")
     key = "\n".join([*compiler, *FLAGS, _run([*compiler, "--version"]), _processor(), str(openmp)])
-    name = hashlib.sha256(SOURCE.read_bytes() + key.encode()).hexdigest()[:24]
+    source = b"".join(path.read_bytes() for path in (SOURCE, *PARTS))
+    name = hashlib.sha256(source + key.encode()).hexdigest()[:24]
     try:
         folder = _cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -127,11 +134,49 @@ def _build() -> Path:
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
+    "om_room": [_P, _P],
+    "om_step": [_P],
     "om_rms_norm": [_P, _P, _F, _N, _N, _P],
     "om_moe": [_P] * 7 + [_N] * 7 + [_P] * 5,
     "om_latent_queries": [_P, _P, _P, _F, _P, _P, _P, _F, _P, _P] + [_N] * 12 + [_P] * 4,
     "om_latent_outputs": [_P, _P, _N, _N, _P, _N, _N, _F, _P, _P] + [_N] * 10 + [_P] * 4,
 }
+
+
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+class Layer(ctypes.Structure):
+    """Addresses of a transformer block's weights; kernels.c says what each is. What is left out is null."""
+
+    _fields_ = _fields(
+        (_P, "attn_norm ffn_norm wo q_down q_up kv_down kv_norm kv_up wq wk wv q_norm k_norm"),
+        (_P, "router router_bias w_in w_out gate_up down"),
+        (_N, "Fs"),
+    )
+
+
+class Slot(ctypes.Structure):
+    """Where a layer keeps keys and values, and the floats from row to row and from token to token."""
+
+    _fields_ = _fields((_P, "keys values"), (_N, "batch token"))
+
+
+class Step(ctypes.Structure):
+    """Sizes and addresses of one step; kernels.c says what each is. What is left out is zero or null."""
+
+    _fields_ = _fields(
+        (_N, "threads N S C D H G K P R Q V E F k T L"),
+        (_N, "n_prelude n_coda vocab loop_dim lora_rows keeps_input starts_at_input"),
+        (_F, "eps scale embed_scale still_running"),
+        (_P, "ids embed rope"),
+        (_N, "rope_half rope_batch"),
+        (_P, "mask"),
+        (_N, "mask_batch mask_token"),
+        (_P, "layers slots input_norm loop_norm log_A log_dt B lora_down lora_B lora_scale state_norm"),
+        (_P, "halt halt_bias norm head room logits"),
+    )
 
 
 def _load() -> ctypes.CDLL | None:
@@ -192,6 +237,13 @@ def _plain_mode() -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether C may use its memory: an ordinary contiguous float32 CPU tensor, not a subclass."""
+    return (
+        type(tensor) in _PLAIN and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    )
+
+
 def serves(tokens: int, *tensors: Tensor) -> bool:
     """Whether a kernel may do the work of so many tokens on these contiguous tensors.
 
@@ -200,15 +252,7 @@ def serves(tokens: int, *tensors: Tensor) -> bool:
     """
     if not 0 < tokens <= MAX_TOKENS or _off or not tensors[0].is_cpu or not _plain_mode():
         return False
-    for tensor in tensors:
-        if not (
-            type(tensor) in _PLAIN
-            and tensor.dtype is torch.float32
-            and tensor.is_cpu
-            and tensor.is_contiguous()
-        ):
-            return False
-    return _load() is not None
+    return all(readable(tensor) for tensor in tensors) and _load() is not None
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> int:
@@ -404,6 +448,23 @@ def latent_outputs(
         *(at, at_mixed, at_mixed + 4 * n * heads * rank, out),
     )
     return out
+
+
+def step(call: Step, layers: list[Layer], slots: list[Slot]) -> None:
+    """Run one step; afterwards its logits are there, and the new keys and values in the slots.
+
+    Args:
+        call: all fields but ``layers``, ``slots`` and ``room``. Sizes are trusted.
+        layers: prelude, the looped block, coda.
+        slots: prelude, T loops, coda.
+    """
+    layers_array, slots_array = (Layer * len(layers))(*layers), (Slot * len(slots))(*slots)
+    call.layers, call.slots = ctypes.addressof(layers_array), ctypes.addressof(slots_array)
+    floats = ctypes.c_int64()
+    _call("om_room", ctypes.addressof(call), ctypes.addressof(floats))
+    room = torch.empty(floats.value, dtype=torch.float32, device="cpu")
+    call.room = room.data_ptr()
+    _call("om_step", ctypes.addressof(call))
 
 
 if __name__ == "__main__":

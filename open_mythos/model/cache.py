@@ -190,20 +190,31 @@ class KVCache:
         Returns:
             Tensors (B, C, width). Gradients reach the new part only.
         """
+        past, entry = self.length, self.reserve(slot, new)
+        for name, tensor in new.items():
+            entry[name][:, past:].copy_(tensor.detach())
+        if torch.is_grad_enabled():
+            return {name: torch.cat((entry[name][:, :past], tensor), 1) for name, tensor in new.items()}
+        return entry
+
+    def reserve(self, slot: str, new: Entry) -> Entry:
+        """Room for new tokens behind the cached ones; whoever asks has to fill it.
+
+        Args:
+            slot: name of the slot.
+            new: tensors (B, S, width) like those to come; their values are not read.
+
+        Returns:
+            Tensors (B, C, width) of the slot, the last S tokens of them unset.
+        """
         past = self.length
         if self.slot_length(slot) < past:
             raise CacheError(
                 f"{slot} holds {self.slot_length(slot)} of the {past} cached tokens: it was skipped before"
             )
         self._ensure(slot, new, past)
-        entry: Entry = {}
-        for name, tensor in new.items():
-            buffer, count = self._buffers[slot][name], tensor.shape[1]
-            buffer.narrow(1, past, count).copy_(tensor.detach())
-            entry[name] = buffer.narrow(1, 0, past + count)
+        entry = {name: self._buffers[slot][name].narrow(1, 0, past + t.shape[1]) for name, t in new.items()}
         self.entries[slot] = entry
-        if torch.is_grad_enabled():
-            return {name: torch.cat((entry[name][:, :past], tensor), 1) for name, tensor in new.items()}
         return entry
 
     def _ensure(self, slot: str, new: Entry, past: int) -> None:

@@ -30,7 +30,7 @@ TABLE = {
     "variants": Row("config accounting"),
     "ops": Row("kernels", "torch"),
     "kernels": Row(packages="torch"),
-    "model": Row("config ops", "torch"),
+    "model": Row("config kernels ops", "torch"),
     "main": Row("config model ops", "torch"),
     "tokenizer": Row("config", "tokenizers transformers"),
     "weights": Row("config model", "numpy safetensors torch"),
