@@ -1,4 +1,4 @@
-"""The command line: ``mythos train | generate | eval | inspect | report | demo``.
+"""The command line: ``mythos prepare | train | generate | eval | inspect | report | demo``.
 
 Every command imports what it needs when it runs, so that help is fast and loads no torch. Exit codes: 0 it
 went well, 1 it failed, 2 it was asked wrongly, 130 it was interrupted.
@@ -7,6 +7,7 @@ went well, 1 it failed, 2 it was asked wrongly, 130 it was interrupted.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,8 +60,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _complain(message: str, code: int, prefix: bool = True) -> int:
-    print(f"mythos: error: {message}" if prefix else message, file=sys.stderr)
+    rank = _rank()
+    # What was asked wrongly is so on every process, and the first one tells.
+    if rank == 0 or code == 1:
+        who = f"mythos, process {rank}" if rank else "mythos"
+        print(f"{who}: error: {message}" if prefix else message, file=sys.stderr, flush=True)
     return code
+
+
+def _rank() -> int:
+    """Of this process among those that torchrun started; 0 when it is alone."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdigit() else 0
 
 
 def _describe(error: Exception) -> str:
@@ -102,6 +113,8 @@ def _examples(*lines: str) -> str:
         "mythos train configs/smoke.toml",
         "mythos train configs/demo-lm.toml data.source=./notes optim.lr=1e-3 --out runs/notes",
         "mythos train configs/demo-lm.toml --out runs/notes --resume",
+        "mythos train my.toml --adapt lora --from runs/notes/model --out runs/adapted",
+        "torchrun --nproc-per-node 8 -m open_mythos.cli train my.toml",
     )
 )
 def train(
@@ -117,23 +130,79 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     stop_at: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda; short for parallel.device=...")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="DIR", help="A saved model whose weights to begin with.")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--adapt", metavar="lora", help="Train the per-loop LoRA alone; needs --from."),
+    ] = None,
     sweep: Annotated[bool, typer.Option("--eval", help="Afterwards do what mythos eval does.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Train a model and write a run directory."""
     from open_mythos.training.config import load_config
 
-    settings = load_config(config, overrides or ())
+    named = {"parallel.device": device, "adapt.start": start, "adapt.kind": kind}
+    flags = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    settings = load_config(config, [*(overrides or ()), *flags])
     out = Path("runs") / config.stem if out is None else out
     from open_mythos.training import trainer
     from open_mythos.training.progress import default_progress
 
     trainer.train(
-        settings, out, resume=resume, overwrite=overwrite, stop_at=stop_at, progress=default_progress(quiet)
+        settings,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        stop_at=stop_at,
+        progress=default_progress(quiet),
+        tell=None if quiet else _tell,
     )
+    if _rank():
+        return
     if sweep:
         _evaluate(out, _run_record(out), None)
     print(out)
+
+
+@app.command(
+    epilog=_examples(
+        "mythos prepare configs/demo-lm.toml",
+        "mythos prepare configs/fineweb-edu.toml data.max_tokens=100_000_000",
+    )
+)
+def prepare(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, as for mythos train.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as data.source=./notes.")
+    ] = None,
+) -> None:
+    """Tokenise the text of a config, once; say what is in it and what was left out."""
+    from open_mythos.training.config import load_config
+
+    data = load_config(config, overrides or ()).data
+    if data.is_task:
+        raise ConfigError(f"data.source = {data.source!r} is not allowed: a task makes its data as it goes")
+    from open_mythos.training.prepare import prepare as make
+
+    prepared = make(data, lambda text: print(text, file=sys.stderr, flush=True))
+    report = prepared.report()
+    table = _table(
+        "Documents and tokens", "split", "documents", "tokens", f"blocks of {data.options['seq_len']}"
+    )
+    for name, split in report["splits"].items():
+        blocks = prepared.blocks(name, data.options["seq_len"])
+        table.add_row(name, *(f"{n:,}" for n in (split["documents"], split["tokens"], blocks)))
+    bad = _table("Bad records, left out", "reason", "records", "the first")
+    first = {found["reason"]: found["where"] for found in reversed(prepared.located())}
+    for reason, count in report["bad"].items():
+        bad.add_row(reason, f"{count:,}", first.get(reason, "see the report"))
+    _show(table, *([bad] if report["bad"] else []))
+    print(prepared.folder)
 
 
 @app.command(
@@ -210,7 +279,13 @@ def _evaluate(run: Path, record: dict[str, Any], counts: list[int] | None) -> No
 
     config = RunConfig.from_dict(record["config"])
     with cpu_threads(config.train.threads):
-        result = sweep(from_pretrained(_model_folder(run)), config, record, counts, _tell)
+        result = sweep(
+            from_pretrained(_model_folder(run)),
+            config,
+            record,
+            counts,
+            lambda split: _tell(f"evaluating {split}"),
+        )
     write_json(run / "eval.json", result)
     table = _table(f"{result['task']}: {result['metric']} against loops", "split", *map(str, result["loops"]))
     for name, split in result["splits"].items():
@@ -295,8 +370,8 @@ def demo(
     print(run(out, overrides or ()))
 
 
-def _tell(split: str) -> None:
-    print(f"evaluating {split}", file=sys.stderr, flush=True)
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _counts(name: str, text: str) -> list[int]:

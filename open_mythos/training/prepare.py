@@ -85,6 +85,11 @@ class Prepared:
             "prepared": self.folder.name,
         }
 
+    def blocks(self, split: str, seq_len: int) -> int:
+        """How many blocks of ``seq_len`` places a split gives."""
+        shards = self.index["splits"][split]["shards"]
+        return sum(max(0, shard["tokens"] - 1) // seq_len for shard in shards)
+
     def located(self) -> list[dict[str, Any]]:
         """The first bad records: where, reason, detail."""
         try:

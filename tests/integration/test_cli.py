@@ -13,13 +13,23 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from open_mythos import __version__, cli, demo
 
-COMMANDS = ("train", "generate", "eval", "inspect", "report", "demo")
+COMMANDS = ("prepare", "train", "generate", "eval", "inspect", "report", "demo")
 FEW = ("train.steps=2", "train.save_every=0", "train.batch_size=2", "eval.examples=2", "eval.loops=[1,2]")
+# Configs that need a network or a GPU as they stand: the same, small and on files of this machine.
+SMALL = {
+    "fineweb-edu": (
+        "data.tokenizer=bytes", "data.seq_len=32", "model.vocab_size=259", "model.eos_token_id=257", "model.dim=32",
+        "model.n_heads=2", "model.n_kv_heads=1", "model.kv_lora_rank=16", "model.q_lora_rank=16",
+        "model.qk_rope_head_dim=8", "model.qk_nope_head_dim=8", "model.v_head_dim=8", "model.expert_dim=16",
+    )
+}  # fmt: skip
 
 
 class Result(NamedTuple):
@@ -148,10 +158,38 @@ def test_train_prints_lines_and_resumes(mythos, root: Path, tmp_path: Path):  # 
     "path", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_every_config_trains_and_evaluates(mythos, tmp_path: Path, path: Path):  # type: ignore[no-untyped-def]
-    result = mythos("train", path, *FEW, "--out", tmp_path, "--eval", "-q")
+    changes = [*FEW, *SMALL.get(path.stem, ())]
+    if path.stem in SMALL:
+        rows = [f"Page {i}: encode once, think as long as asked, decode once. " * 5 for i in range(60)]
+        pq.write_table(pa.table({"text": rows, "id": [*map(str, range(60))]}), tmp_path / "rows.parquet")
+        changes.append(f"data.source={tmp_path / 'rows.parquet'}")
+    result = mythos("train", path, *changes, "--out", tmp_path, "--eval", "-q")
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "run.json").read_text())["steps"] == 2
     assert json.loads((tmp_path / "eval.json").read_text())["loops"] == [1, 2]
+
+
+def test_prepare_says_what_is_in_the_text_and_what_was_left_out(mythos, root: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    lines = [json.dumps({"text": f"line {i} of text"}) for i in range(200)] + ["{", "", "3"]
+    (tmp_path / "notes.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = (root / "configs/demo-lm.toml", f"data.source={tmp_path / 'notes.jsonl'}", "data.seq_len=16")
+    result = mythos("prepare", *config)
+    assert result.code == 0, result.err
+    for words in (
+        r"train +1\d\d ",
+        "blocks of 16",
+        r"not JSON +1 +notes.jsonl:201",
+        r"missing field +1 +notes.jsonl:203",
+    ):
+        assert re.search(words, result.out), words
+    folder = Path(result.out.splitlines()[-1])
+    assert len(json.loads((folder / "data_report.json").read_text())["located"]) == 3
+    assert mythos("prepare", *config) == result
+    strict = mythos("prepare", *config, "data.on_bad=error")
+    assert strict.code == 2
+    assert "notes.jsonl:201: not JSON" in strict.err
+    task = mythos("prepare", root / "configs/smoke.toml")
+    assert (task.code, "a task makes its data as it goes" in task.err) == (2, True)
 
 
 def test_generate_streams_text_and_a_seed_fixes_it(mythos, runs: dict[str, Path]):  # type: ignore[no-untyped-def]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from open_mythos import demo
 
 # Folders that exist on one machine only. Written so that this file does not match itself.
 MACHINE_PATH = r"(^|[^[:alnum:]_./-])/((work|root|opt|home|Users)/[[:alnum:]_.]|tmp/[[:alnum:]_])"
@@ -35,13 +39,17 @@ def test_a_machine_path_is_found(tmp_path: Path, folder: str):
     assert [line.split(":")[0] for line in _machine_paths(tmp_path)] == ["bad.md"]
 
 
-def _declared(root: Path) -> set[str]:
-    """Names of the dependencies in pyproject.toml, core and extras."""
+def _pyproject(root: Path) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _declared(root: Path) -> set[str]:
+    """Names of the dependencies in pyproject.toml, core and extras."""
+    project = _pyproject(root)["project"]
     lines = project["dependencies"] + [
         x for extra in project["optional-dependencies"].values() for x in extra
     ]
@@ -56,3 +64,17 @@ def test_every_dependency_has_its_reason_and_its_pin(root: Path):
     assert set(reasons) == declared | {"hatchling"}
     pins = re.findall(r"^([\w-]+)==", (root / "constraints.txt").read_text("utf-8"), re.MULTILINE)
     assert declared <= set(pins)
+
+
+def test_the_demo_finds_its_configs_in_a_checkout_and_in_a_wheel(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert demo.configs_folder() == root / "configs"
+    (source, target), *others = _pyproject(root)["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "force-include"
+    ].items()
+    assert not others
+    # A wheel, unpacked: the package, and what is forced into it.
+    shutil.copytree(root / source, tmp_path / target)
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "open_mythos" / "demo.py"))
+    assert demo.configs_folder() == tmp_path / "open_mythos" / "configs"
