@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from open_mythos.config import ConfigError
-from open_mythos.model import OpenMythos
+from open_mythos.training.acceleration import accelerate
+from open_mythos.training.objective import Objective
 
 __all__ = ["World", "init_world", "last_of_step", "parallelize", "shard", "whole"]
 
@@ -93,6 +94,8 @@ class World:
 def init_world(device: str = "auto", replicas: int = 1, timeout: float = 600.0) -> World:
     """Join the processes that torchrun started; a process started otherwise is alone.
 
+    A process group that is there already is used as it is.
+
     Args:
         device: "auto" (CUDA where there is one), "cuda" or "cpu".
         replicas: whole copies of the parameters, each sharded over size / replicas neighbouring ranks
@@ -121,15 +124,17 @@ def init_world(device: str = "auto", replicas: int = 1, timeout: float = 600.0) 
         torch.cuda.set_device(place)
     if size == 1:
         return World(0, local_rank, 1, place, None)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout),
-        device_id=place if kind == "cuda" else None,
-    )
-    shape, names = ((size,), ("shard",))
-    if replicas > 1:
-        shape, names = ((replicas, size // replicas), ("replicate", "shard"))  # type: ignore[assignment]
-    return World(rank, local_rank, size, place, init_device_mesh(kind, shape, mesh_dim_names=names))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            device_id=place if kind == "cuda" else None,
+        )
+    if replicas == 1:
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    return World(rank, local_rank, size, place, mesh)
 
 
 def _environment(name: str) -> int:
@@ -166,8 +171,8 @@ class _Unit(nn.Module):
         # FSDP2 hangs its backward on the output, and warns of views, on which hooks can be lost.
         return out.clone() if isinstance(out, Tensor) and out._base is not None else out
 
-    def enter_by(self, owner: nn.Module, name: str) -> None:
-        """Let calls of the owner's method go through this unit."""
+    def enter_by(self, owner: nn.Module, name: str, root: _Unit | None = None) -> None:
+        """Let calls of the owner's method go through this unit, which works only within ``root``."""
         plain = getattr(owner, name)
 
         @functools.wraps(plain)
@@ -175,27 +180,32 @@ class _Unit(nn.Module):
             # A graph task means that a backward runs this again, to recompute: the unit is gathered then.
             if self.running or torch._C._current_graph_task_id() != -1:
                 return plain(*args, **kwargs)
+            if root is not None and not root.running:
+                raise RuntimeError(f"model.{name} of a sharded model is not allowed: call the whole model")
             count = next((i for i, arg in enumerate(args) if not isinstance(arg, Tensor)), len(args))
             rest = args[count:]
-            return self(lambda *tensors: plain(*tensors, *rest, **kwargs), *args[:count])
+            out = self(lambda *tensors: plain(*tensors, *rest, **kwargs), *args[:count])
+            if root is None and not torch.is_grad_enabled():
+                _free(self)
+            return out
 
         setattr(owner, name, through)
 
 
-def shard(objective: nn.Module, world: World, *, precision: str = "fp32", reshard: bool = False) -> None:
+def shard(objective: Objective, world: World, *, precision: str = "fp32", reshard: bool = False) -> None:
     """Shard parameters, gradients and, with them, optimiser state over the world (FSDP2), in place.
 
-    Afterwards ``objective(...)``, ``model(...)`` and what is made of them work as before, on every rank at
-    once, and gradients are means over the ranks. Parameters become DTensors of the same names. Collectives of
-    one step, whatever the number of loops: prelude, looped core and coda are gathered and reduced once each,
-    and so is the rest, which is small. The core's gradient is reduced while the prelude runs backward.
+    Afterwards ``objective(...)``, ``model(...)`` and ``model.generate(...)`` work as before, on every rank at
+    once, and gradients are means over the ranks. Parameters become DTensors of the same names. In one step,
+    whatever the number of loops, prelude, looped core and coda are gathered once and reduced once each, and
+    so is what is left over. The core's gradient is reduced while the prelude runs backward.
 
     Args:
-        objective: holds the model as ``.model``, or is the model.
+        objective: holds the model.
         world: nothing is done when it is one process.
-        precision: "bf16" computes with matrices cast when they are gathered. Vectors (norms, biases, the
-            injection's A, Δ and B) and all buffers (router bias and counts) stay as they are, and gradients are
-            reduced in float32. "fp32" casts nothing.
+        precision: "bf16" computes with matrices cast when they are gathered, and reduces gradients in
+            float32. Vectors (norms, biases, the injection's A, Δ and B) and all buffers (router bias and counts)
+            stay as they are. "fp32" casts nothing.
         reshard: free the prelude between forward and backward and gather it again: a little memory for a
             little communication.
 
@@ -207,32 +217,33 @@ def shard(objective: nn.Module, world: World, *, precision: str = "fp32", reshar
         raise ConfigError(f"precision = {precision!r} is not allowed: it must be {allowed}")
     if world.mesh is None:
         return
-    model = _model_of(objective)
-    kept = {p for p in model.parameters() if p.dim() < 2}
-    if model.cfg.tie_embeddings:
-        kept.add(model.embed.weight)  # two units use it, so the root holds it
+    model = objective.model
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = narrow if precision == "bf16" else MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = narrow if precision == "bf16" else plain
     prelude = _Unit(model.embed, model.prelude_layers, model.input_norm)
     core = _Unit(model.recurrent)
     coda = _Unit(model.coda_layers, model.norm, model.head)
-    for unit, free in ((prelude, reshard), (core, False), (coda, False)):
-        fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=free, ignored_params=kept)
-    root = _Unit(objective, prelude, core, coda)
-    held: set[nn.Parameter] = {p for p in model.parameters() if isinstance(p, DTensor)}
-    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(root, mesh=world.mesh, mp_policy=plain, reshard_after_forward=False, ignored_params=held)
-    ways = ((model, "prelude", prelude), (model, "step", core), (model, "think", core), (model, "coda", coda))
-    for owner, name, unit in ways:
-        unit.enter_by(owner, name)
-    root.enter_by(model, "forward")
-    if objective is not model:
-        root.enter_by(objective, "forward")
+    # A tied table is used by both ends, so it is gathered around them.
+    tables = [_Unit(model.embed, model.head)] if model.cfg.tie_embeddings else []
+    for unit in (*tables, prelude, core, coda):
+        taken = {p for p in model.parameters() if p.dim() < 2 or isinstance(p, DTensor)}
+        free = reshard and unit is prelude
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=free, ignored_params=taken)
+    root = _Unit(objective, *tables, prelude, core, coda)
+    taken = {p for p in model.parameters() if isinstance(p, DTensor)}
+    fully_shard(root, mesh=world.mesh, mp_policy=plain, reshard_after_forward=False, ignored_params=taken)
+    ways = {"prelude": prelude, "step": core, "think": core, "features": coda, "coda": coda}
+    for name, unit in ways.items():
+        unit.enter_by(model, name, root)
+    for owner, name in ((model, "forward"), (objective, "forward"), (objective, "logits")):
+        for unit in (*tables, root):
+            unit.enter_by(owner, name, None if unit is root else root)
     object.__setattr__(objective, "_root", root)  # not as a submodule: the root holds the objective
 
 
 def parallelize(
-    objective: nn.Module,
+    objective: Objective,
     world: World,
     *,
     recompute: str = "none",
@@ -245,25 +256,23 @@ def parallelize(
     Call it before the optimiser is made: sharding replaces the parameters.
 
     Args:
-        objective: holds the model as ``.model``, or is the model.
+        objective: holds the model.
         world: from :func:`init_world`.
         recompute: as for :func:`~open_mythos.training.acceleration.accelerate`.
         compile: the same.
-        precision: as for :func:`shard`.
-        reshard: the same.
+        precision: as for :func:`shard`; a process alone casts by
+            :func:`~open_mythos.training.acceleration.lowered` instead.
+        reshard: as for :func:`shard`.
 
     Raises:
         ConfigError: an argument is not allowed.
     """
     objective.to(world.device)
-    if recompute != "none" or compile:
-        from open_mythos.training.acceleration import accelerate  # type: ignore[import-not-found]
-
-        accelerate(_model_of(objective), compile=compile, recompute=recompute)
+    accelerate(objective, compile=compile, recompute=recompute)
     shard(objective, world, precision=precision, reshard=reshard)
 
 
-def last_of_step(objective: nn.Module, last: bool) -> None:
+def last_of_step(objective: Objective, last: bool) -> None:
     """Say whether the next backward is the step's last: only then are gradients reduced.
 
     Until then they are summed on each rank, unsharded and in float32, and parameters stay gathered. Without
@@ -281,5 +290,8 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _model_of(objective: nn.Module) -> OpenMythos:
-    return cast(OpenMythos, objective if isinstance(objective, OpenMythos) else objective.model)
+def _free(root: nn.Module) -> None:
+    """Drop the gathered parameters, which no backward will."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
