@@ -124,3 +124,45 @@ def test_a_hugging_face_tokenizer_by_directory(hugging_face_directory: Path) -> 
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
     assert get_vocab_size(tokenizer) == get_vocab_size(tokenizer.tokenizer) == 6
     assert get_vocab_size(str(hugging_face_directory)) == 6
+
+
+def test_a_tokenizer_file_alone_gives_the_same_ids(
+    hugging_face_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_name = MythosTokenizer(str(hugging_face_directory))
+    texts = ["two one <call>", "one </s> two"]
+    ids = by_name.encode_batch(texts)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    tokenizer = MythosTokenizer(str(hugging_face_directory / "tokenizer.json"))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
+    assert tokenizer.vocab_size == 6
+    assert tokenizer.encode("two one <call>") == [4, 3, 5]
+    assert tokenizer.decode([1, 4, 3, 2]) == "two one"
+    assert tokenizer.encode_batch(texts) == ids
+    assert tokenizer.fingerprint == by_name.fingerprint
+    # As a prompt, </s> is the end mark; in a document it is five signs that this vocabulary lacks.
+    assert 2 in tokenizer.encode(texts[1])
+    assert 2 not in ids[1]
+    named = MythosTokenizer(tokenizer.model_id, eos_token="<call>")
+    assert named.eos_id == 5
+    assert named.fingerprint != tokenizer.fingerprint
+
+
+def test_bytes_in_a_batch_and_their_fingerprint() -> None:
+    tokenizer = MythosTokenizer()
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.fingerprint == "bytes"
+
+
+def test_bad_tokenizer_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(ValueError, match=r"allowed is a tokenizer.json file that exists"):
+        MythosTokenizer(str(path))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"x.json' is no tokenizer.json"):
+        MythosTokenizer(str(path))
+    with pytest.raises(ValueError, match="eos_token='x'; allowed is a token of bytes"):
+        MythosTokenizer(eos_token="x")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"needs the package tokenizers: pip install open-mythos\[data\]"):
+        MythosTokenizer(str(path))
