@@ -8,13 +8,10 @@ numbered, so a state fits however the model is wrapped, sharded or grouped for i
 from __future__ import annotations
 
 import hashlib
-import random
-import struct
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -131,7 +128,7 @@ def room_for(state: TrainState, saved: Saved, rank: int, ranks: int) -> dict[str
     """
     model, parameters = _model_tensors(state.model), _parameters(state.model)
     own = rank if rank < ranks else 0
-    room = model | {"rng.loops": state.loops.get_state()}
+    room = model | {"rng.loops": state.loops.get_state(), f"rng.torch.{own:05d}": torch.get_rng_state()}
     _check_fit(saved, room)
     settings = {id(p): group for group in state.optimizer.param_groups for p in group["params"]}
     for key, (dtype, shape) in saved.items():
@@ -141,7 +138,7 @@ def room_for(state: TrainState, saved: Saved, rank: int, ranks: int) -> dict[str
             if name not in parameters or id(parameters[name]) not in settings:
                 raise CheckpointError(f"it does not fit this run: it holds {key}, which this run has not")
             room[key] = _moment(parameters[name], settings[id(parameters[name])], dtype, shape)
-        elif kind == "rng" and rest.endswith(f".{own:05d}"):
+        elif rest == f"cuda.{own:05d}":
             room[key] = torch.empty(shape, dtype=dtype)
     return room
 
@@ -166,7 +163,7 @@ def adopt(
         _set_noise(noise)
     else:
         digest = hashlib.sha256(noise["torch"].numpy().tobytes() + str(rank).encode()).digest()
-        _seed_noise(int.from_bytes(digest[:4], "big"))
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
     for key, value in numbers.items():
         setattr(state, key, value)
 
@@ -222,14 +219,8 @@ def _moment(
 
 
 def _noise() -> dict[str, Tensor]:
-    """The default generators of this process: torch's, CUDA's once it is in use, Python's and NumPy's."""
-    _, (*words, position), gauss = random.getstate()
-    legacy: Any = np.random.get_state()
-    noise = {
-        "torch": torch.get_rng_state(),
-        "python": _twister(words, position, gauss),
-        "numpy": _twister(legacy[1].tolist(), legacy[2], legacy[4] if legacy[3] else None),
-    }
+    """The default generators of this process that training draws from: torch's, and CUDA's once it is in use."""
+    noise = {"torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         noise["cuda"] = torch.cuda.get_rng_state()
     return noise
@@ -237,29 +228,5 @@ def _noise() -> dict[str, Tensor]:
 
 def _set_noise(noise: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(noise["torch"])
-    words, position, gauss = _untwist(noise["python"])
-    random.setstate((3, (*words, position), gauss))
-    words, position, gauss = _untwist(noise["numpy"])
-    key = np.array(words, dtype=np.uint32)
-    np.random.set_state(("MT19937", key, position, int(gauss is not None), gauss or 0.0))
     if "cuda" in noise and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(noise["cuda"])
-
-
-def _seed_noise(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def _twister(words: list[int], position: int, gauss: float | None) -> Tensor:
-    """(627,) int64: the words of a Mersenne twister, its position, and the normal number it keeps in stock."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", gauss or 0.0))
-    return torch.tensor([*words, position, int(gauss is not None), bits], dtype=torch.int64)
-
-
-def _untwist(packed: Tensor) -> tuple[list[int], int, float | None]:
-    """Inverse of :func:`_twister`."""
-    *words, position, stocked, bits = packed.tolist()
-    (gauss,) = struct.unpack("<d", struct.pack("<q", bits))
-    return words, position, gauss if stocked else None

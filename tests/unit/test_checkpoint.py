@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,9 +29,10 @@ def config(root: Path, *overrides: str) -> RunConfig:
 
 
 def records(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock decides."""
+    """metrics.jsonl without what a clock or the operating system decides."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
+    measured = ("seconds", "tokens_per_s", "mfu", "memory", "memory_peak")
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -130,16 +128,13 @@ def same(one: TrainState, other: TrainState) -> None:
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_state_survives_a_round_trip(root: Path, tmp_path: Path, asynchronous: bool):
     cfg, state = stepped(root)
-    random.seed(5)
-    random.gauss()  # leaves a second number in stock, which belongs to the state
-    np.random.seed(6)
     with Checkpointer(tmp_path, asynchronous=asynchronous) as saver:
         saver.save(state, cfg.to_dict())
-        kept = [random.gauss(), np.random.rand(), torch.rand(())]
+        drawn = torch.rand(())
     other, _ = build(config(root, "train.seed=5"))
     with Checkpointer(tmp_path) as loader:
         found = loader.load(other)
-    assert [random.gauss(), np.random.rand(), torch.rand(())] == kept
+    assert torch.equal(torch.rand(()), drawn)
     assert (found.step, found.meta["config"]) == (2, cfg.to_dict())
     assert found.meta["world_size"] == 1
     torch.set_rng_state(load_file(next(found.path.glob("*.safetensors")))["rng.torch.00000"])
@@ -381,66 +376,3 @@ def test_a_run_is_replaced_only_when_asked(root: Path, tmp_path: Path):
     train(cfg, out, overwrite=True, stop_at=2)
     assert [row["step"] for row in records(out)] == [1, 2]
     assert (out / "mine.txt").read_text() == "kept"
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
-def test_a_loss_that_is_not_finite_stops_the_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-):
-    cfg = config(root, "train.save_every=1")
-    whole = trainer.objective.loss
-    calls: list[int] = []
-
-    class Poison(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-            return grad * math.nan
-
-    def loss(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        value = whole(*args)
-        if len(calls) < 3:
-            return value
-        return value * math.nan if what == "loss" else Poison.apply(value)
-
-    monkeypatch.setattr(trainer.objective, "loss", loss)
-    with pytest.raises(TrainingError, match=rf"the {what} is nan at step 3 .*lower optim\.lr"):
-        train(cfg, tmp_path / "run")
-    assert find_checkpoint(tmp_path / "run" / "checkpoints").step == 2
-    assert [row["step"] for row in records(tmp_path / "run")] == [1, 2]
-
-
-def test_accumulated_gradients_are_the_mean_over_batches(root: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also for the halting head, whose own loss reaches it in every backward with weight one."""
-    from open_mythos.training.objective import LoopPlan, loop_distribution, loss
-
-    overrides = (
-        "train.accumulate=3",
-        "optim.clip=0",
-        "loops.kind=fixed",
-        "loops.loops=3",
-        "model.router_bias_rate=0.0",
-    )
-    cfg = config(root, *overrides)
-    state, _ = build(cfg)
-    twin, _ = build(cfg)
-    gradients: dict[str, torch.Tensor] = {}
-
-    def keep(*_: object) -> None:
-        gradients.update({n: p.grad.clone() for n, p in state.model.named_parameters()})
-
-    monkeypatch.setattr(state.optimizer, "step", keep)
-    trainer._step(cfg, state, loop_distribution("fixed", loops=3), 1e-3)
-    total: dict[str, torch.Tensor] = {}
-    for _ in range(3):
-        twin.model.zero_grad()
-        loss(twin.model, next(twin.data), LoopPlan(0, 3)).backward()
-        for name, p in twin.model.named_parameters():
-            total[name] = total.get(name, torch.zeros_like(p)) + p.grad / 3
-    assert float(total["recurrent.act.halt.bias"].abs()) > 0
-    for name, value in total.items():
-        torch.testing.assert_close(gradients[name], value, msg=name)
