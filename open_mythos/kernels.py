@@ -53,6 +53,7 @@ MAX_TOKENS = 16
 """Beyond this many tokens the matrix products of PyTorch are the faster way."""
 
 SOURCE = Path(__file__).with_name("kernels.c")
+TRAINING = Path(__file__).with_name("kernels_train.c")  # included by the other
 PARTS = [SOURCE.with_name(name) for name in ("kernels_decode.c",)]  # which it includes
 # Not -ffast-math: NaN and infinity must stay what they are.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
@@ -140,6 +141,14 @@ _SIGNATURES = {
     "om_moe": [_P] * 7 + [_N] * 7 + [_P] * 5,
     "om_latent_queries": [_P, _P, _P, _F, _P, _P, _P, _F, _P, _P] + [_N] * 12 + [_P] * 4,
     "om_latent_outputs": [_P, _P, _N, _N, _P, _N, _N, _F, _P, _P] + [_N] * 10 + [_P] * 4,
+    "om_norm": [_P, _P, _F, _N, _N, _N, _P, _P],
+    "om_norm_back": [_P] * 4 + [_N] * 3 + [_P] * 3,
+    "om_gate": [_P, _P, _N, _N, _N, _P],
+    "om_gate_back": [_P] * 3 + [_N] * 3 + [_P] * 2,
+    "om_gather_sum": [_P, _P] + [_N] * 4 + [_P],
+    "om_turn_heads": [_P, _P, _N, _N, _N, _F] + [_N] * 5 + [_P],
+    "om_keys": [_P, _P] + [_N] * 8 + [_P, _P],
+    "om_keys_back": [_P, _P] + [_N] * 7 + [_P, _P],
 }
 
 
@@ -221,11 +230,10 @@ def disabled() -> Iterator[None]:
         _off -= 1
 
 
-def _plain_mode() -> bool:
-    """No gradients, and nobody who has to see each operator: compiler, tracer, autocast, transform or mode."""
+def _unwatched() -> bool:
+    """Nobody has to see each operator: no compiler, tracer, autocast, transform or mode."""
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
@@ -250,7 +258,14 @@ def serves(tokens: int, *tensors: Tensor) -> bool:
     They must be ordinary float32 CPU tensors, not subclasses, and the call one that nobody differentiates,
     compiles, traces, transforms or watches operator by operator.
     """
-    if not 0 < tokens <= MAX_TOKENS or _off or not tensors[0].is_cpu or not _plain_mode():
+    if not 0 < tokens <= MAX_TOKENS or torch.is_grad_enabled():
+        return False
+    return fit(*tensors)
+
+
+def fit(*tensors: Tensor) -> bool:
+    """:func:`serves` for any number of tokens, with gradients or without: training differentiates by itself."""
+    if _off or not tensors[0].is_cpu or not _unwatched():
         return False
     return all(readable(tensor) for tensor in tensors) and _load() is not None
 

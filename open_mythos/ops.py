@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _has_any_global_hook
 
-from open_mythos import kernels
+from open_mythos import fused, kernels
 from open_mythos.kernels import latent_outputs, latent_queries
 
 __all__ = [
@@ -26,10 +26,14 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_offsets",
+    "gate",
+    "gate_reference",
     "grouped_linear",
     "grouped_linear_reference",
     "latent_attention",
     "latent_kernels_serve",
+    "latent_keys",
+    "latent_keys_reference",
     "latent_outputs",
     "latent_queries",
     "moe_of_few_tokens",
@@ -37,6 +41,9 @@ __all__ = [
     "rms_norm_reference",
     "swiglu",
     "swiglu_reference",
+    "training_kernels_serve",
+    "turn_heads",
+    "turn_heads_reference",
 ]
 
 
@@ -63,12 +70,15 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """:func:`rms_norm_reference`, on the CPU without gradients by a kernel or by fewer operators."""
+    """:func:`rms_norm_reference`, on the CPU by a kernel or without gradients by fewer operators."""
     width = x.shape[-1]
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype:
+    if x.device.type != "cpu" or x.dtype != weight.dtype:
         return rms_norm_reference(x, weight, eps)
     if kernels.serves(x.numel() // width, x, weight):
         return kernels.rms_norm(x, weight, eps)
+    if torch.is_grad_enabled():
+        x = x.contiguous()
+        return (fused.rms_norm if fused.fit(x, weight) else rms_norm_reference)(x, weight, eps)
     if x.dtype not in (torch.float32, torch.float64):  # the short way is exact enough in these only
         return rms_norm_reference(x, weight, eps)
     # The fused operator is six small ones on the CPU; at decode their number is what costs.
@@ -76,19 +86,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x * scale).mul_(weight)
 
 
+def gate_reference(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(first half) · second half of the last axis, each row times its weight; (…, 2F), (…) → (…, F)."""
+    left, right = x.chunk(2, -1)
+    y = F.silu(left) * right
+    return y if weights is None else y * weights.unsqueeze(-1)
+
+
+def gate(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """:func:`gate_reference`, in one kernel where :mod:`open_mythos.fused` serves."""
+    tensors = (x,) if weights is None else (x, weights)
+    return (fused.gate if fused.fit(*tensors) else gate_reference)(x, weights)
+
+
 def swiglu_reference(x: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
     """down(silu(gate) · up) with gate and up the halves of gate_up(x) (arXiv 2002.05202); (…, D) → (…, D)."""
-    gate, up = gate_up(x).chunk(2, -1)
-    return down(F.silu(gate) * up)
+    return down(gate_reference(gate_up(x)))
 
 
 def swiglu(x: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
-    """:func:`swiglu_reference`, for a few tokens on the CPU without gradients in one kernel."""
+    """:func:`swiglu_reference`, for a few tokens on the CPU without gradients in one kernel, else with :func:`gate`."""
     if not torch.is_grad_enabled() and bare(gate_up, nn.Linear) and bare(down, nn.Linear):
         weights: Any = gate_up.weight, down.weight
         if kernels.serves(x.numel() // x.shape[-1], x, *weights):
             return kernels.swiglu(x, *weights)
-    return swiglu_reference(x, gate_up, down)
+    return down(gate(gate_up(x)))
 
 
 def moe_of_few_tokens(
@@ -134,6 +156,55 @@ _TRAINING_ORDER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+
+def training_kernels_serve(*tensors: Tensor) -> bool:
+    """Whether :mod:`open_mythos.fused` may work on these: ordinary contiguous float32 on the CPU, seen by nobody."""
+    return fused.fit(*tensors)
+
+
+def turn_heads_reference(x: Tensor, rope: Tensor) -> Tensor:
+    """The last P channels of each head rotated, channel i against i + P/2, by its position (arXiv 2104.09864).
+
+    Args:
+        x: (B, S, H, K + P).
+        rope: (2, B or 1, S, 1, P): cos twice side by side, then −sin and sin.
+
+    Returns:
+        (B, S, H, K + P), in x's dtype; the arithmetic runs in the table's dtype.
+    """
+    (cos, sin), width = rope, rope.shape[-1]
+    keep, turn = x.split((x.shape[-1] - width, width), -1)
+    turned = torch.addcmul(turn * cos, turn.roll(width // 2, -1), sin).to(x.dtype)
+    return torch.cat((keep, turned), -1) if keep.shape[-1] else turned
+
+
+def turn_heads(x: Tensor, rope: Tensor) -> Tensor:
+    """:func:`turn_heads_reference`, in one kernel where :mod:`open_mythos.fused` serves."""
+    return fused.turn_heads(x, rope) if fused.fit(x, rope) else turn_heads_reference(x, rope)
+
+
+def latent_keys_reference(kv: Tensor, shared: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
+    """MLA's keys [first K of kv | shared] and values [last V of kv | zeros up to ``width``].
+
+    Args:
+        kv: (B, S, H, K + V).
+        shared: (B, S, P), the rotated rope key of all heads.
+        nope: K.
+        width: of the values, at least V.
+
+    Returns:
+        (B, S, H, K + P) and (B, S, H, width).
+    """
+    k, v = kv.split((nope, kv.shape[-1] - nope), -1)
+    k = torch.cat((k, shared.unsqueeze(2).expand(-1, -1, kv.shape[2], -1)), -1)
+    return k, F.pad(v, (0, width - v.shape[-1]))
+
+
+def latent_keys(kv: Tensor, shared: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
+    """:func:`latent_keys_reference`, in one kernel where :mod:`open_mythos.fused` serves."""
+    shared = shared.contiguous()
+    return (fused.keys if fused.fit(kv, shared) else latent_keys_reference)(kv, shared, nope, width)
 
 
 def _heads_to_groups(n_heads: int, n_groups: int, device: torch.device) -> Tensor:
@@ -262,6 +333,13 @@ def expert_offsets(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     return keys.argsort(stable=True), counts
 
 
+def _gather_sum(rows: Tensor, place: Tensor, k: int) -> Tensor:
+    """Σ_i rows[place[n·k + i]]; (N·k, D), (N·k,) → (N, D)."""
+    if not torch.is_grad_enabled() and fused.fit(rows):
+        return fused.gather_sum(rows, place, k)
+    return rows.index_select(0, place).view(-1, k, rows.shape[-1]).sum(1)
+
+
 class _Dispatch(torch.autograd.Function):
     """Copy each token to its k slots, sorted by expert. The backward is a gather and a sum, not a scatter."""
 
@@ -274,7 +352,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _, inverse = ctx.saved_tensors
-        return grad.index_select(0, inverse).view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
+        return _gather_sum(grad, inverse, ctx.k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -284,7 +362,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.k = k
-        return y.index_select(0, inverse).view(-1, k, y.shape[-1]).sum(1)
+        return _gather_sum(y, inverse, k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

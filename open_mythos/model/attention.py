@@ -19,8 +19,11 @@ from open_mythos.ops import (
     bare,
     latent_attention,
     latent_kernels_serve,
+    latent_keys,
     latent_outputs,
     latent_queries,
+    training_kernels_serve,
+    turn_heads,
 )
 
 __all__ = ["GQAttention", "MLAttention", "SequenceContext"]
@@ -134,8 +137,10 @@ class MLAttention(nn.Module):
         if absorb and self._kernels_serve(x, ctx):
             return self._fused(x, ctx, slot)
         q = self.q_up(self.q_norm(self.q_down(x))).view(*x.shape[:2], self.n_heads, -1)
-        q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), -1)
         c, k_rope = self.kv_down(x).split((self.rank, self.rope_dim), -1)
+        if not absorb and training_kernels_serve(q, ctx.rope):
+            return self.wo(self._attend_built(q, c, k_rope, ctx, slot))
+        q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), -1)
         turned = apply_rope(torch.cat((q_rope, k_rope.unsqueeze(2)), 2), ctx.rope)
         q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]
         latent = torch.cat((self.kv_norm(c), k_rope), -1)
@@ -174,6 +179,26 @@ class MLAttention(nn.Module):
         up = self.rank * (self.nope_dim + self.v_dim)
         over_latent = new * (2 * self.rank + self.rope_dim) + new * up / context
         return over_latent < up + new * (self.nope_dim + self.rope_dim + self.v_dim)
+
+    def _attend_built(self, q: Tensor, c: Tensor, k_rope: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
+        """What :meth:`_attend_expanded` computes, with each of its small steps in one kernel of the CPU."""
+        q, c = turn_heads(q, ctx.rope), self.kv_norm(c)
+        k_rope = turn_heads(k_rope.unsqueeze(2).contiguous(), ctx.rope).squeeze(2)
+        if ctx.cache is not None:
+            latent = ctx.store(slot, latent=torch.cat((c, k_rope), -1))["latent"]
+            c, k_rope = latent.split((self.rank, self.rope_dim), -1)
+        kv = self.kv_up(c).view(*c.shape[:2], self.n_heads, -1)
+        k, v = latent_keys(kv, k_rope, self.nope_dim, max(self.v_dim, self.nope_dim + self.rope_dim))
+        out = attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            scale=self.scale,
+            mask=ctx.mask,
+            causal=ctx.mask is None and q.shape[1] > 1,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return out[..., : self.v_dim].transpose(1, 2).flatten(2)
 
     def _attend_expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, ctx: SequenceContext

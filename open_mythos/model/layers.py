@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from open_mythos.ops import rms_norm, swiglu
+from open_mythos.ops import rms_norm, swiglu, turn_heads
 
 __all__ = ["Expert", "RMSNorm", "apply_rope", "precompute_rope_freqs", "rope_table"]
 
@@ -65,8 +65,7 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
     Returns:
         (B, S, H, K), in x's dtype; the arithmetic runs in the table's dtype.
     """
-    cos, sin = freqs
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    return turn_heads(x, freqs)
 
 
 class Expert(nn.Module):

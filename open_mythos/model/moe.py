@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
@@ -20,6 +19,7 @@ from open_mythos.ops import (
     combine,
     dispatch,
     expert_offsets,
+    gate,
     grouped_linear,
     moe_of_few_tokens,
 )
@@ -99,10 +99,10 @@ class MoEFFN(nn.Module):
             dtype = torch.get_autocast_dtype(flat.device.type)
             w_in, w_out, rows = w_in.to(dtype), w_out.to(dtype), flat.to(dtype)
         rows, inverse = dispatch(rows, order, self.topk)
-        gate, up = grouped_linear(rows, w_in, counts).chunk(2, -1)
+        hidden = grouped_linear(rows, w_in, counts)
         # Weighted before the second product, which is linear: the backward then needs no expert's output.
-        weight = weights.reshape(-1).index_select(0, order).to(up.dtype).unsqueeze(-1)
-        out = grouped_linear(F.silu(gate) * up * weight, w_out, counts)
+        weight = weights.reshape(-1).index_select(0, order).to(hidden.dtype)
+        out = grouped_linear(gate(hidden, weight), w_out, counts)
         return combine(out, order, inverse, self.topk).to(flat.dtype)
 
     @torch.no_grad()

@@ -1,0 +1,179 @@
+"""Training's steps between matrix products on the CPU, each in one kernel both ways (kernels_train.c).
+
+Each function here equals a few PyTorch operators, in float32, and differentiates itself; :mod:`open_mythos.ops`
+and the layers have those operators beside it and decide by :func:`fit`. A gradient of a gradient is taken through
+those operators. On CUDA, in other dtypes, under autocast, ``torch.compile`` and function transforms, and where
+kernels.c could not be built, none of this runs.
+
+Shape letters: B batch, S sequence, N tokens, D width, F hidden width, H heads, K nope width, P rope width, V value
+width, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos import kernels
+from open_mythos.kernels import fit
+
+__all__ = ["fit", "gate", "gather_sum", "keys", "rms_norm", "turn_heads"]
+
+
+def _plainly(operators: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Any:
+    """Gradients that can be differentiated again: those of PyTorch's operators on the same inputs."""
+    needed = [x for x in inputs if x.requires_grad]  # never empty: backward would not have been called
+    with torch.enable_grad():
+        out = operators(*inputs)
+        outs = out if isinstance(out, tuple) else (out,)
+        found = iter(torch.autograd.grad(outs, needed, grads, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x.requires_grad else None for x in inputs)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        kernels._call("om_norm", x, weight, eps, scale.numel(), width, torch.get_num_threads(), y, scale)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def operators(x: Tensor, weight: Tensor) -> Tensor:
+                return F.rms_norm(x, weight.shape, weight, ctx.eps)
+
+            return (*_plainly(operators, (x, weight), (grad,)), None)
+        grad, width, threads = grad.contiguous(), x.shape[-1], torch.get_num_threads()
+        dx, dw, room = torch.empty_like(x), torch.empty_like(weight), x.new_empty(threads * width)
+        kernels._call("om_norm_back", grad, x, weight, scale, scale.numel(), width, threads, room, dx, dw)
+        return dx, dw, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of the last axis, x / sqrt(mean(x²) + eps) · weight; (…, D), (D,) → (…, D)."""
+    return _Norm.apply(x, weight, eps)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor | None) -> Tensor:
+        hidden = x.shape[-1] // 2
+        y = x.new_empty(*x.shape[:-1], hidden)
+        kernels._call("om_gate", x, weights, y.numel() // hidden, hidden, torch.get_num_threads(), y)
+        ctx.save_for_backward(x, weights)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weights = ctx.saved_tensors
+        inputs = (x,) if weights is None else (x, weights)
+        if torch.is_grad_enabled():
+
+            def operators(x: Tensor, weights: Tensor | None = None) -> Tensor:
+                left, right = x.chunk(2, -1)
+                y = F.silu(left) * right
+                return y if weights is None else y * weights.unsqueeze(-1)
+
+            return (*_plainly(operators, inputs, (grad,)), None)[:2]
+        grad, hidden, dx = grad.contiguous(), x.shape[-1] // 2, torch.empty_like(x)
+        d_weights = None if weights is None else torch.empty_like(weights)
+        kernels._call(
+            *("om_gate_back", grad, x, weights, grad.numel() // hidden, hidden),
+            *(torch.get_num_threads(), dx, d_weights),
+        )
+        return dx, d_weights
+
+
+def gate(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(first half) · second half of the last axis, each row times its weight; (…, 2F), (…) → (…, F)."""
+    return _Gate.apply(x, weights)
+
+
+def gather_sum(rows: Tensor, place: Tensor, k: int) -> Tensor:
+    """Σ_i rows[place[n·k + i]], without gradients; (N·k, D), (N·k,) → (N, D)."""
+    width = rows.shape[1]
+    out = rows.new_empty(rows.shape[0] // k, width)
+    kernels._call("om_gather_sum", rows, place, len(out), k, width, torch.get_num_threads(), out)
+    return out
+
+
+def _rope_of(rope: Tensor, x: Tensor) -> tuple[int, int, int]:
+    """Strides of the table (2, B or 1, S, 1, P) between cosines and sines and between rows, and tokens a row."""
+    return rope.stride(0), 0 if rope.shape[1] == 1 else rope.stride(1), x.shape[1]
+
+
+def _turn(x: Tensor, rope: Tensor, sign: float) -> Tensor:
+    batch, length, heads, width = x.shape
+    turned, out = rope.shape[-1], torch.empty_like(x)
+    kernels._call(
+        *("om_turn_heads", x, rope, *_rope_of(rope, x), sign, batch * length, heads),
+        *(width - turned, turned, torch.get_num_threads(), out),
+    )
+    return out
+
+
+class _TurnHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rope: Tensor) -> Tensor:
+        ctx.save_for_backward(rope)
+        return _turn(x, rope, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (rope,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a rotation's transpose is the rotation back, and that is linear
+            return _TurnHeads.apply(grad.contiguous(), torch.stack((rope[0], -rope[1]))), None
+        return _turn(grad.contiguous(), rope, -1.0), None
+
+
+def turn_heads(x: Tensor, rope: Tensor) -> Tensor:
+    """The last P channels of each head rotated by its position; (B, S, H, K + P), (2, B or 1, S, 1, P) → x's shape."""
+    return _TurnHeads.apply(x, rope)
+
+
+class _Keys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, shared: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
+        batch, length, heads, both = kv.shape
+        rope = shared.shape[-1]
+        k, v = kv.new_empty(batch, length, heads, nope + rope), kv.new_empty(batch, length, heads, width)
+        ctx.sizes = (batch * length, heads, nope, rope, both - nope, width)
+        ctx.shape = kv.shape
+        kernels._call("om_keys", kv, shared, rope, *ctx.sizes, torch.get_num_threads(), k, v)
+        return k, v
+
+    @staticmethod
+    def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> Any:
+        _, _, nope, rope, value, _ = ctx.sizes
+        if torch.is_grad_enabled():
+            d_kv = torch.cat((d_k[..., :nope], d_v[..., :value]), -1)
+            return d_kv, d_k[..., nope:].sum(2), None, None
+        d_k, d_v = d_k.contiguous(), d_v.contiguous()
+        d_kv, d_shared = d_k.new_empty(ctx.shape), d_k.new_empty(*ctx.shape[:2], rope)
+        kernels._call("om_keys_back", d_k, d_v, *ctx.sizes, torch.get_num_threads(), d_kv, d_shared)
+        return d_kv, d_shared, None, None
+
+
+def keys(kv: Tensor, shared: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
+    """MLA's keys [kv's first K | shared] and values [kv's last V | zeros up to ``width``].
+
+    Args:
+        kv: (B, S, H, K + V).
+        shared: (B, S, P), the rotated rope key of all heads.
+        nope: K.
+        width: of the values, at least V.
+
+    Returns:
+        (B, S, H, K + P) and (B, S, H, width).
+    """
+    return _Keys.apply(kv, shared, nope, width)

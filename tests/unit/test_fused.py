@@ -1,0 +1,266 @@
+"""The CPU's training kernels against PyTorch's operators, outputs and gradients; the whole model with and without."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos import MythosConfig, OpenMythos, fused, kernels, ops
+from open_mythos.model.layers import rope_table
+
+pytestmark = pytest.mark.skipif("are off" in kernels.status(), reason="no CPU kernels here")
+
+
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels called from here on."""
+    names: list[str] = []
+    call = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *a: names.append(name) or call(name, *a))
+    return names
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def differentiated(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+    """Outputs, then the gradients of all inputs along fixed directions."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    directions = [torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape) for y in outs]
+    return [*outs, *torch.autograd.grad(outs, leaves, directions)]
+
+
+def compare(fast: Callable[..., Any], reference: Callable[..., Any], *inputs: Tensor) -> None:
+    """Against the reference in float64: largest error relative to the largest value of each result."""
+    wanted = differentiated(reference, *(x.double() for x in inputs))
+    for actual, expected in zip(differentiated(fast, *inputs), wanted, strict=True):
+        actual, expected = actual.detach(), expected.detach()
+        assert actual.shape == expected.shape
+        assert float((actual.double() - expected).abs().max() / expected.abs().max()) < 3e-6
+
+
+def rope_of(length: int, width: int, batch: int = 1) -> Tensor:
+    return rope_table(torch.randint(0, 500, (batch, length)), width, 1e4)
+
+
+CASES: dict[str, Callable[[], tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]]] = {
+    "norm": lambda: (
+        lambda x, w: ops.rms_norm(x, w, 1e-6),
+        lambda x, w: ops.rms_norm_reference(x, w, 1e-6),
+        (torch.randn(3, 7, 33), torch.randn(33)),
+    ),
+    "norm of a slice": lambda: (
+        lambda x, w: ops.rms_norm(x[..., :16], w, 1e-5),
+        lambda x, w: ops.rms_norm_reference(x[..., :16], w, 1e-5),
+        (torch.randn(5, 20), torch.randn(16)),
+    ),
+    "gate": lambda: (ops.gate, ops.gate_reference, (4 * torch.randn(9, 2 * 37),)),
+    "weighted gate": lambda: (ops.gate, ops.gate_reference, (torch.randn(9, 2 * 16), torch.rand(9))),
+}
+
+
+def _turning(nope: int, batch: int) -> Any:
+    rope = rope_of(5, 6, batch)
+    return (
+        lambda x: ops.turn_heads(x, rope),
+        lambda x: ops.turn_heads_reference(x, rope.double()),
+        (torch.randn(2, 5, 3, nope + 6),),
+    )
+
+
+def _keys(value: int, width: int) -> Any:
+    return (
+        lambda kv, shared: ops.latent_keys(kv, shared[..., 1:], 7, width),
+        lambda kv, shared: ops.latent_keys_reference(kv, shared[..., 1:], 7, width),
+        (torch.randn(2, 5, 3, 7 + value), torch.randn(2, 5, 5)),
+    )
+
+
+def _moved(k: int) -> Any:
+    experts = torch.randint(0, 5, (11, k))
+
+    def move(x: Tensor) -> Tensor:
+        order, _ = ops.expert_offsets(experts, 5)
+        rows, inverse = ops.dispatch(x, order, k)
+        return ops.combine(rows * torch.arange(1, 1 + len(rows)).unsqueeze(1), order, inverse, k)
+
+    return move, move, (torch.randn(11, 19),)
+
+
+CASES |= {
+    "heads": lambda: _turning(4, 2),
+    "whole heads": lambda: _turning(0, 1),
+    "keys": lambda: _keys(5, 11),
+    "keys without padding": lambda: _keys(12, 12),
+    "slots": lambda: _moved(3),
+    "one slot": lambda: _moved(1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_their_reference(case: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    names = called(monkeypatch)
+    fast, reference, inputs = CASES[case]()
+    compare(fast, reference, *inputs)
+    assert len(set(names)) >= (1 if "heads" in case or "slot" in case else 2), names
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "slot" not in name])
+def test_gradients_of_gradients_are_those_of_the_reference(case: str) -> None:
+    torch.manual_seed(1)
+    fast, reference, inputs = CASES[case]()
+
+    def penalty(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        outs = out if isinstance(out, tuple) else (out,)
+        total = sum((y**3).sum() for y in outs)
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        return list(torch.autograd.grad(sum((g**2).sum() for g in first), leaves))
+
+    wanted = penalty(reference, *(x.double() for x in inputs))
+    for actual, expected in zip(penalty(fast, *inputs), wanted, strict=True):
+        assert float((actual.double() - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8, requires_grad=True)
+    fused.rms_norm(x, weight, 1e-6).sum().backward()
+    assert x.grad is None
+    assert weight.grad is not None
+    y = fused.gate(torch.randn(3, 8), torch.rand(3, requires_grad=True))
+    (first,) = torch.autograd.grad(y.sum(), [y.grad_fn.next_functions[1][0].variable], create_graph=True)
+    assert first.shape == (3,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_visible(value: float) -> None:
+    x = torch.randn(2, 8)
+    x[1, 3] = value
+    assert not torch.isfinite(fused.rms_norm(x, torch.ones(8), 1e-6)[1]).all()
+    torch.testing.assert_close(fused.gate(x), ops.gate_reference(x), equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernels_declare_as_many_arguments_as_they_take() -> None:
+    """An argument too many is passed on by ctypes as a C int, and cuts a pointer in two."""
+    source = kernels.SOURCE.with_name("kernels_train.c").read_text(encoding="utf-8")
+    entries = re.findall(r"^(?:void|int) (om_\w+)\(([^)]*)\)", source, flags=re.MULTILINE)
+    assert len(entries) >= 8
+    kinds = {"float *": kernels._P, "i64 *": kernels._P, "i64": kernels._N, "float": kernels._F}
+    for name, arguments in entries:
+        found = []
+        for argument in arguments.replace("\n", " ").split(","):
+            kind = argument.replace("const", "").strip()
+            star = "*" in kind
+            base = kind.replace("*", "").split()[0]
+            found.append(kinds[f"{base} *" if star else base])
+        assert kernels._SIGNATURES[name] == found, name
+
+
+CFG = {
+    "vocab_size": 61,
+    "dim": 24,
+    "n_heads": 3,
+    "n_kv_heads": 1,
+    "max_seq_len": 32,
+    "max_loop_iters": 3,
+    "prelude_layers": 1,
+    "coda_layers": 1,
+    "n_experts": 5,
+    "n_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "expert_dim": 12,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 14,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "lora_rank": 2,
+}
+
+
+def model_of(**changes: Any) -> OpenMythos:
+    torch.manual_seed(3)
+    return OpenMythos(MythosConfig(**(CFG | changes)))
+
+
+def gradients(model: nn.Module, ids: Tensor, run: Callable[[], Tensor] | None = None) -> list[Tensor]:
+    model.zero_grad()
+    logits = run() if run is not None else model(ids[:, :-1], n_loops=3)
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("changes", [{"v_head_dim": 6}, {"v_head_dim": 14}, {"attn_type": "gqa"}], ids=str)
+def test_a_models_gradients_equal_those_of_the_operators(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = model_of(**changes), torch.randint(0, 61, (2, 9))
+    with kernels.disabled():
+        wanted = gradients(model, ids)
+    names = called(monkeypatch)
+    found = gradients(model, ids)
+    entries = {"om_norm", "om_norm_back", "om_gate", "om_gate_back", "om_gather_sum", "om_turn_heads"}
+    assert entries | ({"om_keys", "om_keys_back"} if "v_head_dim" in changes else set()) == set(names)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max() + 1e-3))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputing_a_step_gives_the_same_gradients(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, ids = model_of(v_head_dim=6), torch.randint(0, 61, (2, 9))
+    model.update_router_bias()
+    wanted = gradients(model, ids)
+    step = model.step
+    model.step = lambda h, e, t, ctx: checkpoint(step, h, e, t, ctx, use_reentrant=reentrant)  # type: ignore[method-assign]
+    for a, b in zip(gradients(model, ids), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "float64", "vmap", "meta", "off"])
+def test_where_the_operators_stay(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = called(monkeypatch)
+    x, weight = torch.randn(20, 16, requires_grad=True), torch.randn(16)
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            ops.rms_norm(x, weight, 1e-6), ops.gate(x)
+    elif how == "vmap":
+        torch.func.vmap(lambda row: ops.gate(row))(x)
+    elif how == "off":
+        with kernels.disabled():
+            ops.rms_norm(x, weight, 1e-6), ops.gate(x)
+    elif how == "meta":
+        ops.gate(x.to("meta"))
+    else:
+        kind = getattr(torch, how)
+        ops.rms_norm(x.to(kind), weight.to(kind), 1e-6), ops.gate(x.to(kind))
+    assert names == []
+
+
+def test_compiling_sees_operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = called(monkeypatch)
+    x = torch.randn(20, 16, requires_grad=True)
+    weight = torch.randn(16)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(lambda x: ops.gate(ops.rms_norm(x, weight, 1e-6)), backend=backend, fullgraph=True)(x)
+    assert names == []
+    assert any("silu" in name for name in seen)
