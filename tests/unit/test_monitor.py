@@ -47,7 +47,7 @@ def run_config(model: dict[str, Any] | None = None, **sections: dict[str, Any]) 
     return RunConfig.from_dict(
         {
             "model": {**SIZES, "vocab_size": 31, **(model or {})},
-            "data": {"source": "parity", "bits": 8},
+            "data": {"source": "parity", "length": 8},
             "loops": {"kind": "fixed", "loops": 3},
             "train": {"log_every": 1},
             **sections,
