@@ -358,5 +358,4 @@ void om_latent_outputs(const float *queries, const float *latent, i64 latent_bat
 }
 
 #include "kernels_decode.c"
-
 #include "kernels_train.c"

@@ -53,8 +53,7 @@ MAX_TOKENS = 16
 """Beyond this many tokens the matrix products of PyTorch are the faster way."""
 
 SOURCE = Path(__file__).with_name("kernels.c")
-TRAINING = Path(__file__).with_name("kernels_train.c")  # included by the other
-PARTS = [SOURCE.with_name(name) for name in ("kernels_decode.c",)]  # which it includes
+PARTS = [SOURCE.with_name(name) for name in ("kernels_decode.c", "kernels_train.c")]  # which it includes
 # Not -ffast-math: NaN and infinity must stay what they are.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 
