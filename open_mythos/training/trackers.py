@@ -24,8 +24,12 @@ __all__ = ["JsonLines", "Tracker", "Trackers", "check_trackers", "flatten", "ope
 
 Record = Mapping[str, Any]
 
-# Tracker -> what is imported. The pip extra has the tracker's name.
-_MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
+# Tracker → its module, imported. The pip extra has the tracker's name.
+_MODULES: dict[str, Callable[[], Any]] = {
+    "tensorboard": lambda: importlib.import_module("torch.utils.tensorboard"),
+    "trackio": lambda: importlib.import_module("trackio"),
+    "wandb": lambda: importlib.import_module("wandb"),
+}
 
 
 class Tracker(Protocol):
@@ -190,7 +194,7 @@ def check_trackers(names: Iterable[str]) -> dict[str, Any]:
     modules = {}
     for name in names:
         try:
-            modules[name] = importlib.import_module(_MODULES[name])
+            modules[name] = _MODULES[name]()
         except ImportError as error:
             raise ConfigError(
                 f"log.trackers = {name!r} is not allowed: it is not installed ({error}); "

@@ -38,7 +38,7 @@ TABLE = {
     "tasks": Row("config", "torch"),
     "training": Row(
         "accounting config model tasks tokenizer variants weights",
-        "datasets numpy pyarrow rich safetensors tomli torch",
+        "datasets numpy pyarrow rich safetensors tomli torch trackio wandb",
     ),
     "inference": Row("config model tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),
