@@ -9,7 +9,7 @@ from open_mythos.analysis.probes import Record
 __all__ = ["Finding", "count_loops", "find"]
 
 # Differences smaller than these are called none: half a point of accuracy, 0.005 bits per byte.
-NOTHING = {"accuracy": 0.005, "bits_per_byte": 0.005}
+NOTHING = {"accuracy": 0.005, "bits_per_byte": 0.005, "bits_per_token": 0.005}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Imports no torch, so that a config can be read and inspected fast.
     [model]   fields of MythosConfig, perhaps over variant = "mythos_..."; vocab_size defaults to the data's
     [data]    source = "python", a path, or the name of a task; then what that source takes
     [loops]   kind = "fixed", "uniform", "poisson" or "progressive"; per; then what that kind takes
-    [optim]   [train]   [parallel]   [checkpoint]   [log]   [eval]   fields of the classes below
+    [optim]   [train]   [parallel]   [adapt]   [checkpoint]   [log]   [eval]   fields of the classes below
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "AdaptConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
@@ -202,6 +203,31 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class AdaptConfig:
+    """What training begins with, and what it changes; see :mod:`open_mythos.training.adapt`.
+
+    Attributes:
+        start: directory of a saved model. Weights and [model] come from there; empty starts afresh.
+        kind: "none" trains all parameters, "lora" those of the per-loop LoRA alone.
+        rank: of the LoRA that is added to a model without one; 0 takes 8, or the rank that the model has.
+    """
+
+    start: str = ""
+    kind: str = "none"
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.start, str):
+            raise error("adapt.start", self.start, "a directory of a saved model")
+        choice("adapt.kind", self.kind, ("none", "lora"))
+        whole("adapt.rank", self.rank, 0)
+        if self.kind == "lora" and not self.start:
+            raise ConfigError(
+                "adapt.start is missing: adapting needs a saved model to start from (--from DIR)"
+            )
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """How checkpoints are kept; how often is ``train.save_every``.
 
@@ -255,6 +281,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -306,6 +333,7 @@ _PLAIN: dict[str, Any] = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "parallel": ParallelConfig,
+    "adapt": AdaptConfig,
     "checkpoint": CheckpointConfig,
     "log": LogConfig,
     "eval": EvalConfig,

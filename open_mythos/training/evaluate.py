@@ -36,8 +36,8 @@ def sweep(
     """Evaluate the test split at each loop count.
 
     A task is scored by the share of right answers, and once more at every difficulty in ``eval.levels``. Text
-    is scored in bits per byte: mean cross entropy in nats over ln 2, the end mark of a document counted as a
-    byte. The model runs as it would in use, halting included.
+    is scored in bits per byte (per token, with another tokenizer): mean cross entropy in nats over ln 2, the
+    end mark of a document counted as a byte. The model runs as it would in use, halting included.
 
     Args:
         model: the trained model; its mode is left as it was.
@@ -66,17 +66,28 @@ def sweep(
     with evaluating(model):
         for name, level in names.items():
             if tell is not None:
-                tell(name)
-            batches = list(evaluation_batches(config, "test", level))
+                tell(f"evaluating {name}")
+            batches = [_to(model, batch) for batch in evaluation_batches(config, "test", level)]
             splits[name] = {"loops": chosen, "values": [score(model, batches, count) for count in chosen]}
     return {
         "task": config.data.source if config.data.is_task else _text_name(config.data.source),
-        "metric": "accuracy" if config.data.is_task else "bits_per_byte",
+        "metric": _metric(config),
         "loops": chosen,
         "trained_mean": run["loops"]["mean"],
         "trained_max": run["loops"]["max"],
         "splits": splits,
     }
+
+
+def _metric(config: RunConfig) -> str:
+    if config.data.is_task:
+        return "accuracy"
+    return "bits_per_byte" if config.data.is_bytes else "bits_per_token"
+
+
+def _to(model: OpenMythos, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch where the model is."""
+    return {key: value.to(model.embed.weight.device) for key, value in batch.items()}
 
 
 def _text_name(source: str) -> str:

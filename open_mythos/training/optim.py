@@ -219,12 +219,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most ``limit`` (0: leave them).
+def clip_gradients(parameters: Iterable[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale all gradients so that their global L2 norm is at most ``limit``; 0 leaves them.
 
-    Returns:
-        The norm before, a scalar on the device; not finite when some gradient is not. Of sharded gradients it
-        is the norm over all ranks, and so the same on each.
+    Args:
+        parameters: whose gradients; sharded or not.
+        limit: the largest norm.
+        norm: the norm that they have together, over all shards; a scalar on the device.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if limit:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -1,0 +1,145 @@
+"""One optimiser step, the same on one process and on many.
+
+The host never waits for the device here. Whether the loss and the gradients are finite is found out, and heeded,
+on the device; the host hears of it when a record is read.
+
+Shape letters: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.model.moe import MoEFFN
+from open_mythos.tasks.base import IGNORE_INDEX
+from open_mythos.training import optim
+from open_mythos.training.acceleration import lowered
+from open_mythos.training.config import RunConfig
+from open_mythos.training.loops import LoopPlan, loop_distribution
+from open_mythos.training.monitor import Monitor, gradient_norms
+from open_mythos.training.objective import Objective
+from open_mythos.training.parallel import World
+from open_mythos.training.state import TrainState
+
+__all__ = ["Step", "TrainingError"]
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on. The message says at which step, and what may help."""
+
+
+class Step:
+    """Descends the mean gradient of ``train.accumulate`` batches, each with its own loop count.
+
+    The gradient is that of all processes' rows together, each target with the same weight, however the rows
+    are spread. A step whose loss or gradient is not finite on any process is left out on all of them:
+    parameters, moments, router biases and expert counts stay as they were, and only the data and the random
+    numbers move on.
+
+    Args:
+        config: the run.
+        state: what is trained; its counters are kept up to date, those of skipped steps at :meth:`check`.
+        objective: the model in it, already spread over the world.
+        world: the processes.
+        monitor: what watches.
+    """
+
+    def __init__(
+        self, config: RunConfig, state: TrainState, objective: Objective, world: World, monitor: Monitor
+    ) -> None:
+        self.config, self.state, self.objective = config, state, objective
+        self.world, self.monitor = world, monitor
+        self.plans = loop_distribution(config.loops.kind, **config.loops.options)
+        self.schedule = optim.Schedule(config.optim, config.train.steps)
+        self.trained = [p for p in state.model.parameters() if p.requires_grad]
+        # Under sharding the parameters are cast when they are gathered.
+        narrow = config.parallel.precision == "bf16" and world.size == 1
+        self.dtype = torch.bfloat16 if narrow else None
+        # In all, in a row up to now, and the longest row since the last look.
+        self.skips = torch.tensor([state.skips, state.skips_in_row, 0], device=world.device)
+
+    def __call__(self, read: bool) -> dict[str, Any] | None:
+        """Do one step.
+
+        Args:
+            read: make a record of it.
+
+        Returns:
+            The record, the same on every process, or None.
+        """
+        state, lr = self.state, self.schedule(self.state.step)
+        routing = [(buffer, buffer.clone()) for buffer in self._routing()]
+        state.optimizer.zero_grad(set_to_none=True)
+        self.monitor.begin(state.step + 1, read)
+        accumulate = self.config.train.accumulate
+        losses = [self._descend(next(state.data)) for _ in range(accumulate)]
+        if accumulate > 1:
+            # After the fact, not on each loss: the halting head's own loss has weight one in every backward.
+            torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], accumulate)
+        norms = gradient_norms(state.model, self.world)
+        norm = norms.norm()
+        optim.clip_gradients(self.trained, self.config.optim.clip, norm)
+        # Summed, it is not finite where any term is not, and it is the same on every process.
+        bad = ~(self.world.sum(torch.stack(losses).sum()) + norm).isfinite()
+        optim.skip_when(state.optimizer, bad)
+        optim.set_lr(state.optimizer, lr)
+        state.optimizer.step()
+        for buffer, before in routing:
+            buffer.copy_(torch.where(bad, before, buffer))
+        total, row, longest = self.skips.unbind()
+        row = (row + 1) * bad
+        self.skips = torch.stack((total + bad, row, torch.maximum(longest, row)))
+        state.step += 1
+        return self.monitor.end(lr, norms, skipped=bad)
+
+    def check(self) -> None:
+        """Bring the counts of skipped steps to the host, which waits for the device.
+
+        Raises:
+            TrainingError: more than ``train.max_skips`` steps in a row were left out.
+        """
+        state, limit = self.state, self.config.train.max_skips
+        state.skips, state.skips_in_row, longest = self.skips.tolist()
+        self.skips[2] = self.skips[1]
+        if longest > limit:
+            account = self.monitor.account()
+            raise TrainingError(
+                f"the loss or a gradient was not finite in {longest} steps in a row, up to step "
+                f"{state.step}, and train.max_skips is {limit}{f' ({account})' if account else ''}: lower "
+                "optim.lr, raise optim.warmup or lower optim.clip, and go on from the last checkpoint or start again"
+            )
+
+    def _routing(self) -> list[Tensor]:
+        moes = [module for module in self.state.model.modules() if isinstance(module, MoEFFN)]
+        return [buffer for moe in moes for buffer in (moe.router_bias, moe.expert_load)]
+
+    def _descend(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Add the gradient of this process's rows; returns their loss, of which the processes' mean is the batch's."""
+        state, world, rows = self.state, self.world, self.config.train.batch_size
+        if self.config.loops.per == "sequence":
+            plan = self.plans.sample_each(state.loops, rows).rows(world.rank, world.size)
+        else:
+            plan = self.plans.sample(state.loops)
+        targets = None
+        if world.size > 1:
+            own = (batch["targets"] != IGNORE_INDEX).sum().to(world.device, non_blocking=True)
+            targets = world.sum(own) / world.size
+        batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
+        with lowered(self.objective, self.dtype):
+            with self.monitor.watching():
+                loss = self.objective(batch, plan, targets)
+            loss.backward()
+        self._count(batch["ids"], loss.detach(), plan)
+        return loss.detach()
+
+    def _count(self, ids: Tensor, loss: Tensor, plan: LoopPlan) -> None:
+        state, tokens = self.state, ids.numel() * self.world.size
+        state.tokens += tokens
+        state.forwards += 1
+        state.loops_sum += plan.mean
+        state.loops_max = max(state.loops_max, plan.total)
+        self.monitor.passed(loss, plan, tokens, ids.shape[1])
