@@ -28,7 +28,7 @@ format: .venv/.dev ## mend style and format in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-venv: .venv/.dev ## set up .venv with every extra
+venv: .venv/.dev ## set up .venv with all that tests and lint need
 
 clean: ## remove caches and build output
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
@@ -37,7 +37,7 @@ clean: ## remove caches and build output
 distclean: clean ## the same, and .venv and runs as well
 	rm -rf .venv runs
 
-# Two stamps: the demo installs only what it runs with, the tests install every extra.
+# Two stamps: the demo installs only what it runs with, the tests install every extra that they use.
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "OpenMythos needs Python 3.10 or newer")'
 	$(PYTHON) -m venv .venv
@@ -48,6 +48,6 @@ distclean: clean ## the same, and .venv and runs as well
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[report,data,hf,dev]'
+	$(PIP) -e '.[report,data,hf,tensorboard,dev]'
 	@$(BIN)/python -m open_mythos.kernels || true
 	@touch .venv/.run $@
