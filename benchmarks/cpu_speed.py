@@ -45,7 +45,7 @@ CONFIG_S = {
 LOOPS, BATCH, LENGTH, PROMPT, NEW = 8, 4, 256, 64, 64
 
 
-def measure(side: str, upstream: str, training: bool) -> dict[str, float]:
+def measure(side: str, upstream: str, training: bool, generation: bool) -> dict[str, float]:
     """Tokens per second of one process: train, generate at batch 1 and 8."""
     import torch
     import torch.nn.functional as F
@@ -84,6 +84,8 @@ def measure(side: str, upstream: str, training: bool) -> dict[str, float]:
     if training:
         train()
         result["train"] = rate(train, BATCH * LENGTH, 4)
+    if not generation:
+        return result
     model.eval()
     for batch in (1, 8):
         prompt = ids[:1, :PROMPT].repeat(batch, 1)
@@ -133,21 +135,25 @@ def main() -> None:
     parser.add_argument(
         "--kernels", choices=("on", "off"), default="on", help="off: our side on PyTorch alone"
     )
-    parser.add_argument("--skip-training", action="store_true", help="measure generation only")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--skip-training", action="store_true", help="measure generation only")
+    only.add_argument("--skip-generation", action="store_true", help="measure training only")
     parser.add_argument("--side", choices=("ours", "upstream"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, args.upstream, not args.skip_training)))
+        print(json.dumps(measure(args.side, args.upstream, not args.skip_training, not args.skip_generation)))
         return
     if args.kernels == "off":
         os.environ["OPEN_MYTHOS_KERNELS"] = "0"
     kernels = ready_kernels()
     print(kernels)
+    skipped = ["--skip-training"] if args.skip_training else []
+    skipped += ["--skip-generation"] if args.skip_generation else []
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "upstream": []}
     for _ in range(args.rounds):
         for side in runs:
             command = [sys.executable, __file__, "--upstream", args.upstream, "--side", side]
-            command += ["--skip-training"] if args.skip_training else []
+            command += skipped
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             runs[side].append(json.loads(done.stdout.splitlines()[-1]))
     import torch
@@ -158,8 +164,7 @@ def main() -> None:
     report["command"] = f"python benchmarks/cpu_speed.py --upstream DIR --rounds {args.rounds}"
     if args.kernels == "off":
         report["command"] = f"{report['command']} --kernels off"
-    if args.skip_training:
-        report["command"] = f"{report['command']} --skip-training"
+    report["command"] = " ".join([str(report["command"]), *skipped])
     print(f"{'tokens/s':20}{'upstream':>10}{'ours':>10}{'ratio':>8}")
     for key in runs["ours"][0]:
         ours = statistics.median(run[key] for run in runs["ours"])
