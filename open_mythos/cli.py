@@ -17,7 +17,11 @@ import typer
 from open_mythos.config import ConfigError, MythosConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from rich.table import Table
+
+    from open_mythos.tokenizer import MythosTokenizer
 
 __all__ = ["app", "main"]
 
@@ -217,41 +221,62 @@ def generate(
     loops: Annotated[
         int | None, typer.Option(min=1, help="Loops for every token; the model's own by default.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to add at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to add at most; bytes, as a rule.")
+    ] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = 50,
     top_p: Annotated[
         float | None, typer.Option(help="Sample among the likeliest that reach this sum.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Fixes the draws.")] = None,
 ) -> None:
-    """Continue a text, byte by byte as it is produced."""
-    import codecs
-
+    """Continue a text, piece by piece as it is produced."""
     folder = _model_folder(model)
     if not prompt:
         raise ConfigError("prompt = '' is not allowed: it must hold at least one character")
     import torch
 
     from open_mythos.inference.generate import stream
-    from open_mythos.tokenizer import ByteTokenizer
+    from open_mythos.tokenizer import tokenizer_of
     from open_mythos.weights import from_pretrained
 
     network = from_pretrained(folder)
-    if network.cfg.eos_token_id != ByteTokenizer.eos_id:
+    # A saved model alone does not say how its text was tokenised; bytes are the default.
+    data = _run_record(model)["config"]["data"] if (model / "run.json").is_file() else {}
+    tokenizer = tokenizer_of(data)
+    if tokenizer is None or network.cfg.eos_token_id != tokenizer.eos_id:
+        reads = (
+            "bytes" if tokenizer is None or data.get("tokenizer", "bytes") == "bytes" else data["tokenizer"]
+        )
         raise ConfigError(
-            f"{model} has eos_token_id = {network.cfg.eos_token_id}, not {ByteTokenizer.eos_id}: it reads no bytes; "
+            f"{model} has eos_token_id = {network.cfg.eos_token_id}: it reads no {reads}; "
             "try mythos eval, or model.generate(ids) in Python"
         )
-    ids = torch.tensor([ByteTokenizer().encode(prompt, bos=network.cfg.bos_token_id is not None)])
-    tokens = stream(network, ids, max_new_tokens, loops, temperature, top_k, top_p=top_p, seed=seed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    ids = tokenizer.encode(prompt)
+    if network.cfg.bos_token_id is not None:
+        ids = [network.cfg.bos_token_id, *ids]
+    tokens = stream(
+        network, torch.tensor([ids]), max_new_tokens, loops, temperature, top_k, top_p=top_p, seed=seed
+    )
     sys.stdout.write(prompt)
-    for token in tokens:
-        value = int(token[0])
-        sys.stdout.write(decoder.decode(bytes([value]) if value < 256 else b""))
+    for piece in _pieces(tokenizer, (int(token[0]) for token in tokens)):
+        sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+    sys.stdout.write("\n")
+
+
+def _pieces(tokenizer: MythosTokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """What each token adds to the text. A character that is not complete yet waits for its other tokens."""
+    ids: list[int] = []
+    text = shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield text[len(shown) :]
 
 
 @app.command(
@@ -284,7 +309,7 @@ def _evaluate(run: Path, record: dict[str, Any], counts: list[int] | None) -> No
             config,
             record,
             counts,
-            lambda split: _tell(f"evaluating {split}"),
+            _tell,
         )
     write_json(run / "eval.json", result)
     table = _table(f"{result['task']}: {result['metric']} against loops", "split", *map(str, result["loops"]))

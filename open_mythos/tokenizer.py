@@ -6,11 +6,11 @@ Importing this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ByteTokenizer", "Ids", "MythosTokenizer", "get_vocab_size", "load_tokenizer"]
+__all__ = ["ByteTokenizer", "Ids", "MythosTokenizer", "get_vocab_size", "load_tokenizer", "tokenizer_of"]
 
 # Special tokens of published tokenizer.json files, which do not say what their tokens are for. The first that a file
 # has is taken.
@@ -205,6 +205,21 @@ class MythosTokenizer:
         name = f"{kind}_id" if isinstance(self.tokenizer, ByteTokenizer) else f"{kind}_token_id"
         value = getattr(self.tokenizer, name)
         return None if value is None else int(value)
+
+
+def tokenizer_of(data: Mapping[str, Any]) -> MythosTokenizer | None:
+    """The tokenizer that a run's [data] section names; None if it names ids without one.
+
+    Args:
+        data: keys "tokenizer" (absent or "bytes": bytes), "eos_token" and "vocab_size", each may be absent.
+
+    Raises:
+        ImportError, ValueError, OSError: as :class:`MythosTokenizer`.
+    """
+    if data.get("vocab_size") is not None:
+        return None
+    name = data.get("tokenizer", "bytes")
+    return MythosTokenizer(None if name == "bytes" else name, eos_token=data.get("eos_token"))
 
 
 class Ids:

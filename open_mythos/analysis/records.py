@@ -21,7 +21,7 @@ from open_mythos.analysis.probes import Record, kv_footprint, latent_path, trace
 from open_mythos.inference.generate import generate
 from open_mythos.model import OpenMythos, spectral_radius
 from open_mythos.tasks import IGNORE_INDEX, TASKS, Batch, Task, get_task, seeded_generator
-from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.tokenizer import MythosTokenizer, tokenizer_of
 from open_mythos.weights import from_pretrained
 
 __all__ = ["ReportError", "Run", "make_records", "read_run", "token_label"]
@@ -151,7 +151,7 @@ def _probe(run: Run, model: OpenMythos) -> dict[str, Record]:
     """All records of a run, by name."""
     depth = max(16, min(int(trained_max(run) or model.cfg.max_loop_iters), 32))
     task = run.task
-    records = _text_records(model, depth) if task is None else _task_records(run, task, model, depth)
+    records = _text_records(run, model, depth) if task is None else _task_records(run, task, model, depth)
     records["model"] = _model_record(model)
     # A config made for GQA leaves MLA's sizes at their defaults, which suit far larger models.
     if model.cfg.attn_type == "mla":
@@ -164,14 +164,24 @@ def trained_max(run: Run) -> int | None:
     return None if run.evaluation is None else run.evaluation.get("trained_max")
 
 
-def _text_records(model: OpenMythos, depth: int) -> dict[str, Record]:
-    rows = [ByteTokenizer().encode(text, bos=model.cfg.bos_token_id is not None) for text in SENTENCES]
-    rows = [row[: model.cfg.max_seq_len] for row in rows]
+def _text_records(run: Run, model: OpenMythos, depth: int) -> dict[str, Record]:
+    tokenizer = tokenizer_of(run.config["data"])
+    if tokenizer is None:
+        raise ReportError(
+            f"{str(run.path)!r} was trained on ids without a tokenizer: there is no text to show"
+        )
+    rows = [_encode(model, tokenizer, text)[: model.cfg.max_seq_len] for text in SENTENCES]
     width = max(len(row) for row in rows)
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    labels = [token_label(int(i)) for i in ids[0]]
-    return {**_look_inside(model, ids, mask, depth, labels), "samples": _samples(model)}
+    bytewise = tokenizer.fingerprint == "bytes"
+    labels = [token_label(int(i)) if bytewise else repr(tokenizer.decode([int(i)]))[1:-1] for i in ids[0]]
+    return {**_look_inside(model, ids, mask, depth, labels), "samples": _samples(model, tokenizer)}
+
+
+def _encode(model: OpenMythos, tokenizer: MythosTokenizer, text: str) -> list[int]:
+    bos = model.cfg.bos_token_id
+    return [*([] if bos is None else [bos]), *tokenizer.encode(text)]
 
 
 def _task_records(run: Run, task: Task, model: OpenMythos, depth: int) -> dict[str, Record]:
@@ -206,11 +216,9 @@ def _look_inside(
     return {"trace": {**record, "mode": model.cfg.halting, "width": ids.shape[1]}, "latent": path}
 
 
-def _samples(model: OpenMythos) -> Record:
+def _samples(model: OpenMythos, tokenizer: MythosTokenizer) -> Record:
     """Continuations of the same prompts at several loop counts; the draws start from the same seed."""
-    tokenizer = ByteTokenizer()
-    bos = model.cfg.bos_token_id is not None
-    prompts = [tokenizer.encode(prompt, bos=bos) for prompt in PROMPTS]
+    prompts = [_encode(model, tokenizer, prompt) for prompt in PROMPTS]
     longest = max(len(prompt) for prompt in prompts)
     new = min(120, model.cfg.max_output_tokens, model.cfg.max_seq_len - longest + 1)
     texts: dict[str, list[str]] = {}

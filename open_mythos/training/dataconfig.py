@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from open_mythos.config import ConfigError
-from open_mythos.tokenizer import ByteTokenizer, Ids, MythosTokenizer
+from open_mythos.tokenizer import ByteTokenizer, Ids, MythosTokenizer, tokenizer_of
 from open_mythos.training.checks import choice, error, known, whole
 
 __all__ = ["FREE", "TASK_NAMES", "DataConfig"]
@@ -132,14 +132,14 @@ class DataConfig:
             ConfigError: it cannot be had, or it has no end mark to put between documents.
         """
         options = self.options
-        if options["vocab_size"] is not None:
-            return Ids(options["vocab_size"], options["eos_id"])
-        name = None if options["tokenizer"] == "bytes" else options["tokenizer"]
+        name = options["tokenizer"]
         try:
-            tokenizer = MythosTokenizer(name, eos_token=options["eos_token"])
+            tokenizer = tokenizer_of(options)
         except (OSError, ValueError) as problem:
             reason = " ".join(str(problem).split())
             raise ConfigError(f"data.tokenizer = {name!r} cannot be loaded: {reason}") from problem
+        if tokenizer is None:
+            return Ids(options["vocab_size"], options["eos_id"])
         for wanted, value in (("eos", tokenizer.eos_id), ("bos", tokenizer.bos_id)):
             if value is None and (wanted == "eos" or options["bos"]):
                 raise ConfigError(

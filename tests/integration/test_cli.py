@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 
 from open_mythos import __version__, cli, demo
@@ -201,6 +202,38 @@ def test_generate_streams_text_and_a_seed_fixes_it(mythos, runs: dict[str, Path]
     assert len(first.out) > len("Enc\n")
     model = mythos("generate", runs["text"] / "model", *args[2:])
     assert model.out == first.out
+
+
+def test_a_run_with_another_tokenizer_is_generated_from_and_reported(mythos, root: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    text = "Encode once, think as long as asked, decode once. é " * 60
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(tmp_path / "bpe.json"))
+    (tmp_path / "notes.txt").write_text(text * 10, encoding="utf-8")
+    data = (
+        f"data.source={tmp_path / 'notes.txt'}",
+        f"data.tokenizer={tmp_path / 'bpe.json'}",
+        "data.seq_len=24",
+    )
+    run = tmp_path / "run"
+    result = mythos("train", root / "configs/demo-lm.toml", *data, *FEW, "--out", run, "--eval", "-q")
+    assert result.code == 0, result.err
+    args = ("generate", run, "--prompt", "think", "--loops", 2, "--max-new-tokens", 12, "--seed", 1)
+    first = mythos(*args)
+    assert first.code == 0, first.err
+    assert first.out.startswith("think")
+    assert mythos(*args) == first
+    alone = mythos("generate", run / "model", *args[2:])
+    assert (alone.code, "reads no bytes" in alone.err) == (2, True)
+    report = mythos("report", run, "--out", tmp_path / "report.html")
+    assert report.code == 0, report.err
+    assert json.loads((run / "records/samples.json").read_text())["texts"]
 
 
 def test_inspect_counts_and_proposes(mythos, root: Path, runs: dict[str, Path]):  # type: ignore[no-untyped-def]

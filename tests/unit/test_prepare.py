@@ -285,7 +285,7 @@ def text_config(folder: Path, source: Path, data: str = "", model: str = "") -> 
     ("data", "message"),
     [
         ('tokenizer = "none.json"', r"data.tokenizer = 'none.json' cannot be loaded: .*exists"),
-        ('eos_token = "nope"', r"data.tokenizer = None cannot be loaded: eos_token='nope'; allowed is a token of"),
+        ('eos_token = "nope"', r"data.tokenizer = 'bytes' cannot be loaded: eos_token='nope'; allowed is a token of"),
     ],
 )  # fmt: skip
 def test_bad_tokenizers_are_refused(tmp_path: Path, data: str, message: str):
