@@ -34,6 +34,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "MAX_TOKENS",
+    "Call",
     "Layer",
     "Slot",
     "Step",
@@ -45,7 +46,6 @@ __all__ = [
     "rms_norm",
     "serves",
     "status",
-    "step",
     "swiglu",
 ]
 
@@ -464,21 +464,54 @@ def latent_outputs(
     return out
 
 
-def step(call: Step, layers: list[Layer], slots: list[Slot]) -> None:
-    """Run one step; afterwards its logits are there, and the new keys and values in the slots.
+class Call:
+    """The kernel for one model, ready to be run step after step. Sizes are trusted.
 
     Args:
-        call: all fields but ``layers``, ``slots`` and ``room``. Sizes are trusted.
+        fields: of :class:`Step`, all that does not change from step to step.
         layers: prelude, the looped block, coda.
         slots: prelude, T loops, coda.
     """
-    layers_array, slots_array = (Layer * len(layers))(*layers), (Slot * len(slots))(*slots)
-    call.layers, call.slots = ctypes.addressof(layers_array), ctypes.addressof(slots_array)
-    floats = ctypes.c_int64()
-    _call("om_room", ctypes.addressof(call), ctypes.addressof(floats))
-    room = torch.empty(floats.value, dtype=torch.float32, device="cpu")
-    call.room = room.data_ptr()
-    _call("om_step", ctypes.addressof(call))
+
+    def __init__(self, fields: dict[str, Any], layers: list[Layer], slots: list[Slot]) -> None:
+        self._step = Step(**fields, threads=torch.get_num_threads())
+        self._layers, self._slots = (Layer * len(layers))(*layers), (Slot * len(slots))(*slots)
+        self._step.layers, self._step.slots = ctypes.addressof(self._layers), ctypes.addressof(self._slots)
+        self._kept: dict[str, Tensor] = {}  # what the step points to
+        self._context = 0
+
+    def set_rope(self, rope: Tensor) -> None:
+        """Rotation of the tokens to come, (2, B or 1, tokens, 1, K)."""
+        self._kept["rope"] = rope = rope.contiguous()
+        self._step.rope, self._step.rope_half = rope.data_ptr(), rope.stride(0)
+        self._step.rope_batch = 0 if rope.shape[1] == 1 else rope.stride(1)
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Where the new tokens may look, bool (B, S, C or more)."""
+        self._kept["mask"] = mask = mask.contiguous()
+        self._step.mask, self._step.mask_batch, self._step.mask_token = mask.data_ptr(), *mask.stride()[:2]
+
+    def run(self, ids: Tensor, context: int, rope_from: int = 0) -> Tensor:
+        """One step: ids (B, S), all columns C after it, first float of the rotation → logits (B, S, V).
+
+        The new keys and values are in the slots then.
+        """
+        step = self._step
+        step.C = context
+        if context > self._context:
+            self._context, floats = context + 64, ctypes.c_int64()
+            step.C = self._context
+            _call("om_room", ctypes.addressof(step), ctypes.addressof(floats))
+            self._kept["room"] = room = torch.empty(floats.value, dtype=torch.float32, device="cpu")
+            step.room, step.C = room.data_ptr(), context
+        ids = ids.to(torch.int64).contiguous()
+        logits = torch.empty(*ids.shape, step.vocab, dtype=torch.float32, device="cpu")
+        step.ids, step.logits = ids.data_ptr(), logits.data_ptr()
+        rope = step.rope
+        step.rope = rope + 4 * rope_from
+        _call("om_step", ctypes.addressof(step))
+        step.rope = rope
+        return logits
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ Shape letters: B batch, S prompt tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from open_mythos.model import KVCache, LoopPolicy, OpenMythos
+from open_mythos.model.decode import Decoder
 from open_mythos.model.transformer import evaluating
 
 __all__ = ["generate", "sample", "stream"]
@@ -59,21 +62,9 @@ def generate(
         ValueError: an argument is out of range or does not fit the model; nothing has run then.
     """
     ids, mask = _prompts(model, input_ids, attention_mask)
-    new = list(
-        stream(
-            model,
-            ids,
-            max_new_tokens,
-            n_loops,
-            temperature,
-            top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            seed=seed,
-            attention_mask=mask,
-            cache_policy=cache_policy,
-        )
-    )
+    settings = _settings(model, ids, max_new_tokens, n_loops, temperature, top_k, top_p, eos_token_id, seed)
+    with evaluating(model):
+        new = list(_steps(model, ids, mask, settings, KVCache(cache_policy, settings.columns)))
     return torch.cat((ids, torch.stack(new, 1)), 1) if new else ids
 
 
@@ -97,6 +88,32 @@ def stream(
     the mode back before it yields.
     """
     ids, mask = _prompts(model, input_ids, attention_mask)
+    settings = _settings(model, ids, max_new_tokens, n_loops, temperature, top_k, top_p, eos_token_id, seed)
+    return _steps(model, ids, mask, settings, KVCache(cache_policy, settings.columns), alone=False)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of :func:`generate`, checked; ``columns`` are the tokens that are fed at most."""
+
+    max_new_tokens: int
+    n_loops: int
+    eos: int | None
+    columns: int
+    pick: Callable[[Tensor], Tensor]
+
+
+def _settings(
+    model: OpenMythos,
+    ids: Tensor,
+    max_new_tokens: int,
+    n_loops: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos_token_id: int | None,
+    seed: int | None,
+) -> _Settings:
     cfg = model.cfg
     n_loops = cfg.max_loop_iters if n_loops is None else n_loops
     _check_sampling(temperature, top_k, top_p, seed)
@@ -117,32 +134,46 @@ def stream(
             f"{room} under max_seq_len = {cfg.max_seq_len}"
         )
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    cache = KVCache(cache_policy, capacity=max(longest, 0))
 
     def pick(logits: Tensor) -> Tensor:
         return sample(logits, temperature, top_k, top_p, generator)
 
-    return _steps(model, ids, mask, max_new_tokens, n_loops, eos, cache, pick)
+    return _Settings(int(max_new_tokens), int(n_loops), eos, max(longest, 0), pick)
 
 
-def _steps(model, ids, mask, max_new_tokens, n_loops, eos, cache, pick) -> Iterator[Tensor]:  # type: ignore[no-untyped-def]
-    """The loop of :func:`stream`, its arguments checked."""
-    fill = eos if model.cfg.pad_token_id is None else model.cfg.pad_token_id
-    rows = torch.arange(ids.shape[0], device=ids.device)
-    last = torch.full_like(rows, ids.shape[1] - 1) if mask is None else _last_real(mask)
-    finished = torch.zeros_like(rows, dtype=torch.bool)
-    fed, fed_mask = ids, mask
-    for _ in range(max_new_tokens):
-        with evaluating(model), torch.inference_mode():
-            logits = model(fed, n_loops, cache, attention_mask=fed_mask)[rows, last]
-            token = pick(logits)
+def _steps(
+    model: OpenMythos,
+    ids: Tensor,
+    mask: Tensor | None,
+    settings: _Settings,
+    cache: KVCache,
+    alone: bool = True,
+) -> Iterator[Tensor]:
+    """The new tokens. Unless ``alone``, whoever takes them may change the model and its mode in between."""
+    last = ids.new_full((ids.shape[0],), ids.shape[1] - 1) if mask is None else _last_real(mask)
+    finished, fill = torch.zeros_like(last, dtype=torch.bool), model.cfg.pad_token_id
+    n_loops, eos, fed = settings.n_loops, settings.eos, ids
+    decoder: Decoder | None = None
+    for step in range(settings.max_new_tokens):
+        with nullcontext() if alone else evaluating(model), torch.inference_mode():
+            if decoder is not None and not alone and not decoder.holds():
+                decoder.close()
+                decoder = None
+            if decoder is not None:
+                logits = decoder.step(fed)
+            elif step:
+                logits = model(fed, n_loops, cache)
+            else:
+                logits = model(ids, n_loops, cache, attention_mask=mask, logits_at=last)
+                decoder = Decoder.begin(model, cache, n_loops, settings.columns - ids.shape[1])
+            token = settings.pick(logits[:, -1])
         if eos is not None:
-            token = token.masked_fill(finished, fill)
+            token = token.masked_fill(finished, eos if fill is None else fill)
             finished = finished | (token == eos)
+        fed = token.unsqueeze(1)
         yield token.clone()  # an ordinary tensor, which may take part in training
         if eos is not None and bool(finished.all()):
             return
-        fed, fed_mask, last = token.unsqueeze(1), None, torch.zeros_like(rows)
 
 
 def sample(
@@ -170,9 +201,10 @@ def sample(
     kept = None
     if top_k and top_k < logits.shape[-1]:
         logits, kept = logits.topk(top_k)
-    # The likeliest token at zero: a small temperature then gives -inf for the others, and no inf - inf.
-    logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
-    probabilities = logits.softmax(-1)
+    if temperature != 1:
+        # The likeliest token at zero: a small temperature then gives -inf for the others, and no inf - inf.
+        logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
+    probabilities = logits.softmax(-1, dtype=torch.float32)
     if top_p is not None and top_p < 1:
         ranked, order = probabilities.sort(-1, descending=True)
         # A token stays while the mass before it is short of top_p; so the likeliest always stays.

@@ -67,7 +67,8 @@ class Snapshot:
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     """What tensors of one slot share: all but the number of tokens."""
-    return tensor.dtype, tensor.shape[:1] + tensor.shape[2:]
+    batch, _, *width = tensor.shape
+    return tensor.dtype, batch, width
 
 
 def _writable(buffer: Tensor, new: Tensor) -> bool:
@@ -226,20 +227,20 @@ class KVCache:
             )
         for name, tensor in new.items():
             need = past + tensor.shape[1]
+            buffer = self._buffers.get(slot, {}).get(name)  # where there is one, the entry is part of it
+            if (
+                buffer is not None
+                and not self._exact
+                and buffer.shape[1] >= need
+                and _writable(buffer, tensor)
+            ):
+                continue
             old = self.entries[slot][name] if past else None
             if old is not None and _layout(old) != _layout(tensor):
                 raise CacheError(
                     f"the cache holds {slot}/{name} as {old.dtype} of shape {tuple(old[:, :past].shape)}, but this "
                     f"call brings {tensor.dtype} of {tuple(tensor.shape)}: dtype, batch and widths must be equal"
                 )
-            buffer = self._buffers.get(slot, {}).get(name)
-            if (
-                buffer is not None
-                and buffer.shape[1] >= need
-                and not self._exact
-                and _writable(buffer, tensor)
-            ):
-                continue
             room = need if self._exact else max(need, self._capacity, past + past // 2)
             grown = tensor.new_empty((tensor.shape[0], room, *tensor.shape[2:]))
             if old is not None:

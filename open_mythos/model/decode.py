@@ -1,8 +1,9 @@
-"""One step of the whole model in a single kernel call: a few tokens whose past is cached, float32, on the CPU.
+"""Steps of the whole model in one kernel call each: a few tokens whose past is cached, float32, on the CPU.
 
-:func:`decode` stands in for ``prelude``, ``think`` and ``coda`` of one forward without calling any module. So it
-looks at all of them first, at every step: a hook, a replaced method, a parametrised weight, another class or
-another shape anywhere makes it step aside, and the plain path runs. Nothing is kept from step to step.
+:func:`decode` stands in for ``prelude``, ``think`` and ``coda`` of one forward, and :class:`Decoder` for forward
+after forward of one token a row. They call no module. So they look at all of them first: a hook, a replaced method, a
+parametrised weight, another class or another shape anywhere makes them step aside, and the plain path runs. What they
+found is kept as a plan, and later calls make sure that no module, attribute, hook or weight has changed since.
 
 Shape letters: B batch, S new tokens, C context tokens, D model width, T loops, V vocabulary.
 """
@@ -10,9 +11,14 @@ Shape letters: B batch, S new tokens, C context tokens, D model width, T loops, 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from itertools import chain
+from operator import is_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -20,16 +26,16 @@ from open_mythos import kernels
 from open_mythos.config import MythosConfig
 from open_mythos.model.attention import GQAttention, MLAttention, SequenceContext
 from open_mythos.model.cache import KVCache
-from open_mythos.model.layers import Expert, RMSNorm
+from open_mythos.model.layers import Expert, RMSNorm, rope_table
 from open_mythos.model.moe import MoEFFN
 from open_mythos.model.recurrence import ACTHalting, HaltingWeights, LoRAAdapter, LTIInjection
 from open_mythos.model.transformer import OpenMythos, RecurrentBlock, TransformerBlock
 
-__all__ = ["decode"]
+__all__ = ["Decoder", "decode"]
 
 # The methods whose work the kernel does; replaced on a class or an object, they must be called.
 _METHODS: dict[type, tuple[str, ...]] = {
-    OpenMythos: ("prelude", "initial_state", "think", "step", "coda", "features"),
+    OpenMythos: ("forward", "prelude", "initial_state", "think", "step", "coda", "features"),
     RecurrentBlock: ("forward", "_advance"),
     TransformerBlock: ("forward",),
     MLAttention: ("forward",),
@@ -51,6 +57,60 @@ class _WatchedError(Exception):
     """The kernel would leave out something that the modules do."""
 
 
+class _Plan:
+    """Addresses and sizes of a model's parts, and what they were read from. It does not keep the model alive.
+
+    Args:
+        model: any model.
+    """
+
+    def __init__(self, model: OpenMythos) -> None:
+        modules = list(model.modules())
+        own = [vars(module) for module in model.modules()]
+        held = [attributes[name] for attributes in own for name in ("_parameters", "_buffers", "_modules")]
+        self._attributes = own + held
+        self._hooks = [
+            attributes[name] for attributes in own for name in ("_forward_hooks", "_forward_pre_hooks")
+        ]
+        tensors = [tensor for each in held for tensor in each.values()]
+        self._tensors = [tensor for tensor in tensors if kernels.readable(tensor)]
+        self._seen = self._now()
+        self.fields: dict[str, Any] = {}
+        self.layers: list[kernels.Layer] | None = None  # None: the plain path must run
+        if not self._seen[0]:
+            with suppress(_WatchedError):
+                self.fields, self.layers = _read(model)
+
+    def _now(self) -> tuple[bool, list[Any], list[Any]]:
+        """Whether there are hooks, all attributes, and where and how each weight lies in memory."""
+        memory = [(t.data_ptr(), t.dtype, t.shape, t.is_contiguous()) for t in self._tensors]
+        return any(self._hooks), list(chain.from_iterable(map(dict.values, self._attributes))), memory
+
+    def step(self, batch: int, new: int, n_loops: int, slots: list[kernels.Slot]) -> kernels.Call:
+        """A call of the kernel for B rows of S tokens and T loops."""
+        assert self.layers is not None
+        return kernels.Call(self.fields | {"N": batch * new, "S": new, "T": n_loops}, self.layers, slots)
+
+    def holds(self) -> bool:
+        """Whether everything still is what it was when the plan was made."""
+        (hooked, attributes, memory), (was_hooked, seen, seen_memory) = self._now(), self._seen
+        same = len(attributes) == len(seen) and all(map(is_, attributes, seen))
+        return same and hooked == was_hooked and memory == seen_memory
+
+
+_PLANS: WeakKeyDictionary[OpenMythos, _Plan] = WeakKeyDictionary()
+
+
+def _plan(model: OpenMythos) -> _Plan | None:
+    """What the kernel needs to stand in for the model's modules, or None where they must be called."""
+    if _has_any_global_hook() or any(getattr(kind, name) is not own for kind, name, own in _ORIGINALS):
+        return None
+    plan = _PLANS.get(model)
+    if plan is None or not plan.holds():
+        plan = _PLANS[model] = _Plan(model)
+    return None if plan.layers is None else plan
+
+
 def decode(model: OpenMythos, ids: Tensor, ctx: SequenceContext, n_loops: int) -> Tensor | None:
     """Logits of the new tokens, whose keys and values go to the cache; or None where the plain path must run.
 
@@ -63,41 +123,88 @@ def decode(model: OpenMythos, ids: Tensor, ctx: SequenceContext, n_loops: int) -
     Returns:
         (B, S, V) or None.
     """
-    cache, (batch, new) = ctx.cache, ids.shape
-    if cache is None or (ctx.mask is None and new > 1) or not kernels.serves(batch * new, ctx.rope):
+    (batch, new), rope, mask = ids.shape, ctx.rope, ctx.mask
+    if ctx.cache is None or (mask is None and new > 1) or not kernels.serves(batch * new, rope):
         return None
-    try:
-        fields, layers = _read(model)
-    except _WatchedError:
+    plan = _plan(model)
+    if plan is None:
         return None
-    slots = _slots(model.cfg, cache, ctx.rope.new_empty(batch, new, 0), n_loops)
-    ids, mask, rope = ids.to(torch.int64).contiguous(), ctx.mask, ctx.rope
-    logits = rope.new_empty(batch, new, model.cfg.vocab_size)
-    fields.update(threads=torch.get_num_threads(), N=batch * new, S=new, C=ctx.past + new, T=n_loops)
-    fields.update(
-        ids=ids.data_ptr(), logits=logits.data_ptr(), rope=rope.data_ptr(), rope_half=rope.stride(0)
-    )
-    fields.update(rope_batch=0 if rope.shape[1] == 1 else rope.stride(1))
+    slots = _slots(model.cfg, ctx.cache, rope, batch, new, n_loops)
+    call = plan.step(batch, new, n_loops, slots)
+    call.set_rope(rope)
     if mask is not None:
-        mask = mask.expand(batch, 1, new, -1).contiguous()
-        fields.update(mask=mask.data_ptr(), mask_batch=mask.stride(0), mask_token=mask.stride(2))
-    kernels.step(kernels.Step(**fields), layers, slots)
-    return logits
+        call.set_mask(mask.expand(batch, 1, new, -1).squeeze(1))
+    return call.run(ids, ctx.past + new)
 
 
-def _slots(cfg: MythosConfig, cache: KVCache, like: Tensor, n_loops: int) -> list[kernels.Slot]:
+class Decoder:
+    """One token a row, again and again, after what the cache holds: :func:`decode` with all preparation done once.
+
+    The cache does not count the tokens before :meth:`close`. Make one with :meth:`begin`.
+    """
+
+    def __init__(self, model: OpenMythos, plan: _Plan, cache: KVCache, n_loops: int, count: int) -> None:
+        cfg, batch, past = model.cfg, cache.batch_size or 0, cache.length
+        self._model, self._plan, self._cache, self._fed = model, plan, cache, 0
+        self._width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
+        seen = None if cache.segments is None else cache.segments == 0  # the document that is not padding
+        first = torch.tensor([[past]]) if seen is None else seen.sum(1, keepdim=True)
+        rope = rope_table(first + torch.arange(count), self._width, cfg.rope_theta)
+        self._call = plan.step(batch, 1, n_loops, _slots(cfg, cache, rope, batch, count, n_loops))
+        self._call.set_rope(rope)
+        if seen is not None:
+            self._call.set_mask(F.pad(seen, (0, count), value=True).unsqueeze(1))
+
+    @classmethod
+    def begin(cls, model: OpenMythos, cache: KVCache, n_loops: int, count: int) -> Decoder | None:
+        """A decoder for up to ``count`` tokens a row, or None where the model itself must be called.
+
+        Args:
+            model: any model.
+            cache: what one forward of at least ``n_loops`` loops has filled.
+            n_loops: T.
+            count: tokens to make room for; with the cached ones at most ``max_seq_len``.
+        """
+        weight = model.embed.weight
+        if cache.packed or count < 1 or not kernels.serves(cache.batch_size or 0, weight):
+            return None
+        plan = _plan(model)
+        return None if plan is None else cls(model, plan, cache, n_loops, count)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Token ids (B, 1) → logits (B, 1, V)."""
+        logits = self._call.run(ids, self._cache.length + self._fed + 1, self._fed * self._width)
+        self._fed += 1
+        return logits
+
+    def holds(self) -> bool:
+        """Whether the next step may be taken here too, after somebody else had their turn."""
+        return kernels.serves(1, self._model.embed.weight) and _plan(self._model) is self._plan
+
+    def close(self) -> None:
+        """Hand the cache over, with the tokens that were fed counted."""
+        cache = self._cache
+        segments = None if cache.segments is None else F.pad(cache.segments, (0, self._fed))
+        cache.commit(self._fed, segments)
+        cache.trim(cache.length)
+
+
+def _slots(
+    cfg: MythosConfig, cache: KVCache, like: Tensor, batch: int, new: int, n_loops: int
+) -> list[kernels.Slot]:
     """Room in the cache for the new tokens of each layer, in the order in which the layers run."""
     names = [f"prelude_{i}" for i in range(cfg.prelude_layers)]
     names += [cache.policy.slot(t) for t in range(n_loops)]
     names += [f"coda_{i}" for i in range(cfg.coda_layers)]
     if cfg.attn_type == "mla":
-        new = {"latent": like.new_empty(*like.shape[:2], cfg.kv_lora_rank + cfg.qk_rope_head_dim)}
+        width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+        brings = {"latent": like.new_empty(1).expand(batch, new, width)}
     else:
-        heads = like.new_empty(*like.shape[:2], cfg.n_kv_heads, cfg.head_dim)
-        new = {"k": heads, "v": heads}
+        heads = like.new_empty(1).expand(batch, new, cfg.n_kv_heads, cfg.head_dim)
+        brings = {"k": heads, "v": heads}
     slots = []
     for name in names:
-        keys, *values = cache.reserve(name, new).values()
+        keys, *values = cache.reserve(name, brings).values()
         address = values[0].data_ptr() if values else None
         slots.append(kernels.Slot(keys.data_ptr(), address, keys.stride(0), keys.stride(1)))
     return slots
@@ -109,8 +216,6 @@ def _read(model: OpenMythos) -> tuple[dict[str, Any], list[kernels.Layer]]:
     Raises:
         _WatchedError: calling the modules might do something else.
     """
-    if _has_any_global_hook() or any(getattr(kind, name) is not own for kind, name, own in _ORIGINALS):
-        raise _WatchedError
     cfg, loop = model.cfg, model.recurrent
     _check(model, OpenMythos)
     _check(loop, RecurrentBlock)
