@@ -7,7 +7,7 @@ The model's code knows nothing of these. The order is: recompute, then compile, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,22 +87,26 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def lowered(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, every matrix of the module is its copy in ``dtype``, cast once; gradients reach the originals.
+def lowered(
+    module: nn.Module, dtype: torch.dtype | None, into: Mapping[nn.Parameter, Tensor] | None = None
+) -> Iterator[None]:
+    """Inside, every matrix of the module is its copy in ``dtype``, cast once; at the end its gradient is, too.
 
     Cast once a step and not once a loop, and without autocast's choice at every operator. Vectors (norms,
     biases, the injection's A, Δ and B) and buffers (router bias and counts) stay as they are. The backward has
-    to run inside as well when activations are recomputed.
+    to run inside; its gradients are added to those of the originals on leaving.
 
     Args:
         module: what is trained.
         dtype: such as ``torch.bfloat16``; None changes nothing.
+        into: where to write the gradients of the matrices instead of adding them to ``.grad``.
     """
-    held = [] if dtype is None else _matrices(module)
-    if not held:
-        yield
-        return
-    copies = dict(zip(held, _Lower.apply(dtype, *held), strict=True))
+    held = [] if dtype is None else [p for p in module.parameters() if p.dim() >= 2]
+    copies: dict[nn.Parameter, Tensor] = {}
+    if dtype is not None and held:
+        copies = dict(zip(held, _cast([p.detach() for p in held], [dtype] * len(held)), strict=True))
+    for p, copy in copies.items():
+        copy.requires_grad_(p.requires_grad)
     places = [
         (owner, name, p)
         for owner in module.modules()
@@ -111,34 +115,23 @@ def lowered(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     ]
     try:
         for owner, name, p in places:
-            owner._parameters[name] = copies[p]
+            owner._parameters[name] = copies[p]  # type: ignore[assignment]
         yield
     finally:
         for owner, name, p in places:
             owner._parameters[name] = p
+    grads = {p: copy.grad for p, copy in copies.items() if copy.grad is not None}
+    if not grads:
+        return
+    if into is not None:
+        torch._foreach_copy_([into[p] for p in grads], list(grads.values()))
+        return
+    wide = _cast(list(grads.values()), [p.dtype for p in grads])
+    for p, grad in zip(grads, wide, strict=True):
+        p.grad = grad if p.grad is None else p.grad.add_(grad)
 
 
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.dim() >= 2]
-
-
-class _Lower(torch.autograd.Function):
-    """Cast many tensors at once, there and back."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        return tuple(_cast(tensors, [dtype] * len(tensors)))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        there = [grad for grad in grads if grad is not None]
-        dtypes = [dtype for dtype, grad in zip(ctx.dtypes, grads, strict=True) if grad is not None]
-        wide = iter(_cast(there, dtypes))
-        return (None, *(None if grad is None else next(wide) for grad in grads))
-
-
-def _cast(tensors: tuple[Tensor, ...] | list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+def _cast(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
     out = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(out, list(tensors))
+    torch._foreach_copy_(out, tensors)
     return out

@@ -8,13 +8,13 @@ Shape letters: B batch, S sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from open_mythos.model import OpenMythos
+from open_mythos.model.attention import SequenceContext
 from open_mythos.tasks.base import IGNORE_INDEX
 from open_mythos.training.cross_entropy import Rows, linear_cross_entropy
 from open_mythos.training.loops import (
@@ -72,34 +72,59 @@ class Objective(nn.Module):
         Returns:
             A scalar, float32 or wider.
         """
-        model = self.model
-        h, ctx = self._states(batch, plan)
-        x, wanted = model.features(h, ctx).flatten(0, 1), batch["targets"].flatten()
-        if targets is None:
-            targets = (wanted != IGNORE_INDEX).sum()
-        divisor = torch.as_tensor(targets, device=x.device)
-        return linear_cross_entropy(x, model.head.weight, wanted, divisor, IGNORE_INDEX, self.rows)
+        ctx, e, h = self.begin(batch)
+        indices = list(plan.indices(e.device).unbind())
+        h = self.settle(ctx, e, h, indices[: plan.n_free])
+        return self.finish(batch, ctx, e, h, indices[plan.n_free :], targets)
 
     def logits(self, batch: Mapping[str, Tensor], plan: LoopPlan) -> Tensor:
         """What the loss scores, written out: (B, S, V)."""
-        h, ctx = self._states(batch, plan)
-        return self.model.coda(h, ctx)
+        ctx, e, h = self.begin(batch)
+        indices = list(plan.indices(e.device).unbind())
+        h = self.settle(ctx, e, h, indices[: plan.n_free])
+        return self.model.coda(self._think(ctx, e, h, indices[plan.n_free :]), ctx)
 
-    def _states(self, batch: Mapping[str, Tensor], plan: LoopPlan) -> tuple[Tensor, Any]:
+    # The parts of a forward, in their order.
+
+    def begin(self, batch: Mapping[str, Tensor]) -> tuple[SequenceContext, Tensor, Tensor]:
+        """Context, injected input (B, S, D) and initial state (B, S, D)."""
         model = self.model
         ctx = model.context(batch["ids"], document_ids=batch.get("document_ids"))
         if model.training and torch.is_grad_enabled():
             model.update_router_bias()
         e = model.prelude(batch["ids"], ctx)
-        h = model.initial_state(e)
-        indices = list(plan.indices(e.device).unbind())
-        with torch.no_grad():
-            for t in indices[: plan.n_free]:
-                h = model.step(h, e, t, ctx)
+        return ctx, e, model.initial_state(e)
+
+    @torch.no_grad()
+    def settle(self, ctx: SequenceContext, e: Tensor, h: Tensor, indices: Sequence[Tensor]) -> Tensor:
+        """The loops without gradient, (B, S, D) → (B, S, D)."""
+        for t in indices:
+            h = self.model.step(h, e, t, ctx)
+        return h
+
+    def finish(
+        self,
+        batch: Mapping[str, Tensor],
+        ctx: SequenceContext,
+        e: Tensor,
+        h: Tensor,
+        indices: Sequence[Tensor],
+        targets: float | Tensor | None,
+    ) -> Tensor:
+        """The loops with gradient, and the loss."""
+        model = self.model
+        x = model.features(self._think(ctx, e, h, indices), ctx).flatten(0, 1)
+        wanted = batch["targets"].flatten()
+        if targets is None:
+            targets = (wanted != IGNORE_INDEX).sum()
+        divisor = torch.as_tensor(targets, device=x.device)
+        return linear_cross_entropy(x, model.head.weight, wanted, divisor, IGNORE_INDEX, self.rows)
+
+    def _think(self, ctx: SequenceContext, e: Tensor, h: Tensor, indices: Sequence[Tensor]) -> Tensor:
         if torch.is_grad_enabled() and not h.requires_grad:
             # So that to a compiler the first of these loops is like the others.
             h = h.detach().requires_grad_()
-        return model.think(h, e, ctx, indices[plan.n_free :]), ctx
+        return self.model.think(h, e, ctx, indices)
 
 
 def logits(model: OpenMythos, batch: Mapping[str, Tensor], plan: LoopPlan) -> Tensor:
