@@ -23,7 +23,7 @@ from open_mythos.training.parallel import World, init_world, parallelize
 from open_mythos.training.progress import Progress, Silent
 from open_mythos.training.rundir import RUN_FILES
 from open_mythos.training.sources import train_stream
-from open_mythos.training.state import TrainState
+from open_mythos.training.state import Stream, TrainState
 from open_mythos.training.step import Step, TrainingError
 from open_mythos.training.trackers import Trackers, check_trackers, open_trackers
 from open_mythos.weights import from_pretrained
@@ -59,6 +59,7 @@ def spread(
         The state; its model with the loss; an account of the data.
     """
     data, report = train_stream(config, world.rank, world.size)
+    _check_same_data(data, world)
     torch.manual_seed(config.train.seed)
     model = adapt.first_model(config, fresh).train()
     if world.rank:
@@ -75,6 +76,15 @@ def spread(
     )
     state = TrainState(model, optim.build_optimizer(model, config.optim), data, loops)
     return state, descended, report
+
+
+def _check_same_data(data: Stream, world: World) -> None:
+    """Each machine may have prepared the text for itself, from files that only seem to be the same."""
+    own = data.state_dict()
+    if not world.all_agree(own == world.broadcast(own)):
+        raise ConfigError(
+            "data.source is not the same text on all machines: prepare it once (mythos prepare), and name that folder"
+        )
 
 
 def train(

@@ -25,9 +25,11 @@ from open_mythos.tokenizer import ByteTokenizer, MythosTokenizer
 from open_mythos.training.batches import PackedDataset
 from open_mythos.training.config import load_config
 from open_mythos.training.dataconfig import DataConfig
+from open_mythos.training.parallel import World
 from open_mythos.training.prepare import Prepared, prepare, split_of_name
 from open_mythos.training.shards import Blocks
 from open_mythos.training.sources import evaluation_batches, train_stream
+from open_mythos.training.trainer import spread
 
 EOS = ByteTokenizer.eos_id
 SPLITS = ("train", "validation", "test")
@@ -419,6 +421,25 @@ def test_a_resume_on_other_data_is_refused(tmp_path: Path):
     other, _ = train_stream(config)
     with pytest.raises(ValueError, match=r"fingerprint=.* in the state, but this data has"):
         other.load_state_dict(state)
+
+
+def test_machines_with_other_data_are_told_before_training(tmp_path: Path):
+    class Second(World):
+        """The second of two processes; the first one's answer is given."""
+
+        def broadcast(self, value: Any) -> Any:
+            return first
+
+        def all_agree(self, flag: bool) -> bool:
+            return flag
+
+    world = Second(rank=1, local_rank=0, size=2, device=torch.device("cpu"), mesh=None)
+    config = load_config(text_config(tmp_path, jsonl(tmp_path / "x.jsonl", ["some text"] * 30)))
+    first = train_stream(config, 0, 2)[0].state_dict()
+    spread(config, world)
+    first = {**first, "fingerprint": "other"}
+    with pytest.raises(ConfigError, match=r"data.source is not the same text on all machines"):
+        spread(config, world)
 
 
 def test_a_batch_must_divide_among_the_processes(tmp_path: Path):
