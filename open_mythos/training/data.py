@@ -64,7 +64,7 @@ class Source:
 
     Attributes:
         records: can be walked once.
-        identity: JSON-ready; the same as long as the records are. Local files count by name, size and time.
+        identity: JSON-ready; the same as long as the records are. Local files count by name, path, size and time.
         skipped: name of a file or directory that holds no records → why. A directory counts once.
     """
 
@@ -95,9 +95,9 @@ def open_source(data: DataConfig) -> Source:
 
 
 def stamps(found: list[tuple[str, Path]]) -> list[list[Any]]:
-    """Name, size and time of each file."""
-    stats = [(name, path.stat()) for name, path in found]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    """Name, path, size and time of each file."""
+    stats = [(name, path, path.stat()) for name, path in found]
+    return [[name, str(path.resolve()), stat.st_size, stat.st_mtime_ns] for name, path, stat in stats]
 
 
 def python_corpus() -> Source:

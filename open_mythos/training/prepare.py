@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections import Counter
@@ -124,9 +125,9 @@ def prepare(data: DataConfig, tell: Tell | None = None) -> Prepared:
         folder = cache / _key(data, source, tokenizer)
         cache.mkdir(parents=True, exist_ok=True)
         if not (folder / INDEX).is_file():
-            with _lock(cache / f"{folder.name}.lock"):
+            with _lock(cache / f"{folder.name}.lock") as alone:
                 if not (folder / INDEX).is_file():
-                    _make(folder, data, source, tokenizer, tell)
+                    _make(folder, data, source, tokenizer, tell, alone)
         prepared = Prepared(folder, read_index(folder))
     if data.options["on_bad"] == "error" and prepared.index["bad"]:
         raise _refused(prepared.located()[0])
@@ -168,27 +169,34 @@ def _key(data: DataConfig, source: Source, tokenizer: MythosTokenizer | Ids) -> 
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system frees it when that process dies. Where the system has no such lock,
-    processes may do the same work twice, and the first to finish wins.
+def _lock(path: Path) -> Iterator[bool]:
+    """Held by one process at a time; the system frees it when that process dies. Gives whether there is such a lock:
+    without one, processes may do the same work twice, and the first to finish wins.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
+        except (ImportError, OSError):  # another system, or a file system without locks
+            alone = False
+        yield alone
 
 
 def _make(
-    folder: Path, data: DataConfig, source: Source, tokenizer: MythosTokenizer | Ids, tell: Tell | None
+    folder: Path,
+    data: DataConfig,
+    source: Source,
+    tokenizer: MythosTokenizer | Ids,
+    tell: Tell | None,
+    alone: bool,
 ) -> None:
-    for stale in folder.parent.glob(f"{folder.name}.part-*"):  # of a prepare that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    part.mkdir(parents=True)
+    if alone:
+        for stale in folder.parent.glob(f"{folder.name}.part-*"):  # of a prepare that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.part-{secrets.token_hex(8)}")
+    part.mkdir()
     try:
         _Builder(part, data, tokenizer, tell).build(source)
         try:
@@ -300,7 +308,7 @@ class _Builder:
         full = bool(most) and self.tokens + int(ends[-1]) >= most
         if full:
             kept = int(np.searchsorted(ends, most - self.tokens)) + 1
-            self.documents -= len(batch) - kept
+            self.documents -= 0 if self.cut else len(batch) - kept
             batch, lengths, ids = batch[:kept], lengths[:kept], ids[: int(ends[kept - 1])]
         self.tokens += len(ids)
         splits = np.array([document.split for document in batch])

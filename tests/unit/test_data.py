@@ -102,6 +102,14 @@ def test_jsonl_is_one_document_a_line(tmp_path: Path, suffix: str):
     assert texts(path) == expected
 
 
+def test_an_endless_line_is_passed_by_and_the_next_one_read(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "' + b"x" * 5_000_000 + b'"}\n{"text": "three"}')
+    records = read(path, max_document_chars=1000)
+    assert [record.text for record in records] == ["one", None, "three"]
+    assert (records[1].where, records[1].reason) == ("x.jsonl:2", "too long")
+
+
 def test_the_field_of_a_record_can_be_chosen(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"body": "other field"}')

@@ -372,6 +372,33 @@ def test_max_tokens_stops_after_whole_documents_in_order(tmp_path: Path):
     assert Counter(bytes(d).decode() for d in all_documents(prepared)) == Counter(rows[:101])
 
 
+def test_without_locks_two_may_prepare_and_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = jsonl(tmp_path / "x.jsonl", ["some text"] * 30)
+    cache = tmp_path / "cache"
+
+    def no_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    fsync, other = os.fsync, []
+
+    def meanwhile(number: int) -> None:
+        if not other:
+            other.append(None)
+            other[0] = make(path, cache=str(cache)).folder
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert make(path, cache=str(cache)).folder == other[0]
+    assert [p for p in cache.iterdir() if p.is_dir()] == other
+
+
+def test_few_documents_and_a_limit_on_tokens(tmp_path: Path):
+    prepared = make(jsonl(tmp_path / "x.jsonl", ["0123456789" * 10] * 5), max_tokens=150)
+    assert prepared.index["documents"] == 5
+    assert sum(split["tokens"] for split in prepared.index["splits"].values()) >= 150
+
+
 def test_a_prepared_folder_is_a_source_itself(tmp_path: Path, bpe: Path):
     made = make(jsonl(tmp_path / "x.jsonl", [f"text {i}" * 9 for i in range(50)]))
     moved = tmp_path / "moved"
