@@ -92,13 +92,17 @@ class Diagnosis:
     ``gradient norm`` (and ``gradient norm of the core`` ...), ``state norm at loop 8``, ``token correlation at
     loop 8``, ``ρ(A)``, ``expert balance``, ``halting depth``.
 
-    Only the loss stops a run: the others can change for good reasons, so they are witnesses.
+    Only the loss stops a run: the others can change for good reasons, so they are witnesses. It is out of its
+    range as well, whatever it was before, above 1.5 ``guess`` + ``loss_rise``: a run can diverge before it has
+    a usual range.
 
     Args:
         limits: the [log] section.
+        guess: loss of guessing all tokens alike, ln V nats; None when it is not known.
     """
 
     limits: LogConfig
+    guess: float | None = None
     measures: dict[str, _Measure] = field(default_factory=dict, init=False)
     step: int = field(default=0, init=False)
 
@@ -127,7 +131,8 @@ class Diagnosis:
     def _rule(self, name: str) -> _Rule:
         limits = self.limits
         if name == "loss":
-            return _Rule(rise=limits.loss_rise)
+            most = None if self.guess is None else 1.5 * self.guess + limits.loss_rise
+            return _Rule(rise=limits.loss_rise, above=most)
         if name.startswith("gradient norm"):
             return _Rule(factor=limits.grad_factor)
         if name.startswith("state norm"):

@@ -122,4 +122,5 @@ def memory(device: torch.device) -> tuple[int | None, int | None]:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
         return None, peak
-    return pages * resource.getpagesize(), peak
+    used = pages * resource.getpagesize()
+    return used, max(used, peak)  # the system brings its own peak up to date now and then

@@ -206,7 +206,7 @@ class Monitor:
         self.skipped = skipped
         self.device = model.embed.weight.device
         self.peak, self.peak_from = peak_tflops(self.device, config.log.peak_tflops)
-        self.diagnosis = Diagnosis(config.log)
+        self.diagnosis = Diagnosis(config.log, math.log(model.cfg.vocab_size))
         self.alarms: list[str] = []
         self._pending: list[_Pending] = []
         self._mark: float | None = None

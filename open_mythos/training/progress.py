@@ -74,11 +74,14 @@ class Silent:
 
 
 class Lines:
-    """About twenty plain lines a run on standard error, and one for each alarm; for logs and pipes."""
+    """About twenty plain lines a run on standard error; for logs and pipes.
+
+    An alarm is told at once, and again when it comes back after it was quiet for two lines' time.
+    """
 
     def __init__(self) -> None:
         self.steps, self.every, self.last = 0, 1, 0
-        self.alarms: frozenset[str] = frozenset()
+        self.heard: dict[str, int] = {}
 
     def start(self, steps: int, done: int) -> None:
         """Decide how often to speak."""
@@ -89,11 +92,13 @@ class Lines:
         """One line, if it is time and there is something to tell."""
         if row is None:
             return
-        alarms = frozenset(row.get("alarms", ()))
-        fresh = alarms - self.alarms
-        self.alarms = alarms
+        alarms = row.get("alarms", ())
+        fresh = [
+            name for name in alarms if step - self.heard.get(name, step - 2 * self.every) >= 2 * self.every
+        ]
+        self.heard |= dict.fromkeys(alarms, step)
         if fresh:
-            print(f"step {step}: out of range: {', '.join(sorted(fresh))}", file=sys.stderr, flush=True)
+            print(f"step {step}: out of range: {', '.join(fresh)}", file=sys.stderr, flush=True)
         if step - self.last >= self.every or step == self.steps:
             self.last = step
             phrases = [

@@ -117,6 +117,22 @@ def test_a_lasting_rise_of_the_loss_stops_the_run_after_patience():
     assert verdict.index("gradient norm left its range at step 290") < verdict.index("loss at step 300")
 
 
+def test_a_run_that_is_wild_from_the_start_is_stopped_too():
+    noise = random.Random(4)
+    wild = [30 + 20 * noise.random() for _ in range(200)]
+    watch, blind = Diagnosis(LogConfig(patience=50), guess=math.log(4)), Diagnosis(LogConfig(patience=50))
+    for step, value in enumerate(wild, 1):
+        watch.observe(step, {"loss": value})
+        blind.observe(step, {"loss": value})
+        assert (watch.verdict() is not None) == (step >= 50)
+    assert watch.verdict() == "the loss has been out of its range for 200 steps in a row: " + watch.account()
+    assert watch.account() == "out of range from the start: loss"
+    assert blind.verdict() is None, "by itself it has no other range than this"
+    calm = Diagnosis(LogConfig(patience=50), guess=math.log(4))
+    for step in range(1, 200):
+        assert calm.observe(step, {"loss": 2.0}) == []
+
+
 def test_patience_zero_never_stops():
     watch = fed(LogConfig(patience=0), 900, {"loss": (300, 10.8)})
     assert watch.verdict() is None

@@ -71,5 +71,5 @@ def test_memory_is_this_process_in_bytes():
         assert now is not None
         assert after is not None
         assert 150e6 < after - now < 300e6
-        assert peak_after >= 0.9 * after
+        assert peak_after >= after
     assert held[-1] == 1

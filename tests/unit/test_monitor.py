@@ -362,7 +362,7 @@ def drive(
     model = build(init="scaled", initial_state="prelude")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     monitor, objective = Monitor(run_config(train={"log_every": 1}, log=log), model), Objective(model)
-    data = batch(rows=8)
+    data = batch(rows=4)
     for step in range(1, steps + 1):
         change(model, optimizer, step)
         optimizer.zero_grad()

@@ -107,22 +107,26 @@ def test_lines_are_about_twenty(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "\x1b" not in captured.err
 
 
-def test_lines_tell_an_alarm_once_and_at_once(capsys: pytest.CaptureFixture[str]):
+def test_lines_tell_an_alarm_at_once_and_again_after_a_quiet_time(capsys: pytest.CaptureFixture[str]):
     lines = Lines()
-    lines.start(1000, 0)
-    for step, alarms in (
-        (1, []),
-        (2, ["loss"]),
-        (3, ["loss"]),
-        (4, ["loss", "ρ(A)"]),
-        (5, []),
-        (6, ["loss"]),
-    ):
-        lines.update(step, {**ROW, "alarms": alarms})
-    assert capsys.readouterr().err.splitlines() == [
+    lines.start(200, 0)  # a line every ten steps
+    heard = {
+        2: ["loss"],
+        3: ["loss"],
+        4: ["loss", "ρ(A)"],
+        6: ["loss"],
+        26: ["loss"],
+        27: ["ρ(A)"],
+        45: ["loss"],
+    }
+    for step in range(1, 50):
+        lines.update(step, {**ROW, "alarms": heard.get(step, [])})
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of range" in line]
+    assert said == [
         "step 2: out of range: loss",
         "step 4: out of range: ρ(A)",
-        "step 6: out of range: loss",
+        "step 26: out of range: loss",
+        "step 27: out of range: ρ(A)",
     ]
 
 
