@@ -21,7 +21,7 @@ from torch import Tensor
 from open_mythos import kernels
 from open_mythos.kernels import fit
 
-__all__ = ["fit", "gate", "gather_sum", "keys", "rms_norm", "turn_heads"]
+__all__ = ["attends", "causal_attention", "fit", "gate", "gather_sum", "keys", "rms_norm", "turn_heads"]
 
 
 def _plainly(operators: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Any:
@@ -143,37 +143,89 @@ def turn_heads(x: Tensor, rope: Tensor) -> Tensor:
 
 class _Keys(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kv: Tensor, shared: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
-        batch, length, heads, both = kv.shape
-        rope = shared.shape[-1]
-        k, v = kv.new_empty(batch, length, heads, nope + rope), kv.new_empty(batch, length, heads, width)
-        ctx.sizes = (batch * length, heads, nope, rope, both - nope, width)
+    def forward(ctx: Any, kv: Tensor, shared: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+        (batch, length, heads, both), rope = kv.shape, shared.shape[-1]
+        k, v = (
+            kv.new_empty(batch, length, heads, nope + rope),
+            kv.new_empty(batch, length, heads, both - nope),
+        )
+        ctx.sizes = (batch * length, heads, nope, rope, both - nope)
         ctx.shape = kv.shape
-        kernels._call("om_keys", kv, shared, rope, *ctx.sizes, torch.get_num_threads(), k, v)
+        kernels._call("om_keys", kv, shared, *ctx.sizes, torch.get_num_threads(), k, v)
         return k, v
 
     @staticmethod
     def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> Any:
-        _, _, nope, rope, value, _ = ctx.sizes
+        _, _, nope, rope, _ = ctx.sizes
         if torch.is_grad_enabled():
-            d_kv = torch.cat((d_k[..., :nope], d_v[..., :value]), -1)
-            return d_kv, d_k[..., nope:].sum(2), None, None
+            return torch.cat((d_k[..., :nope], d_v), -1), d_k[..., nope:].sum(2), None
         d_k, d_v = d_k.contiguous(), d_v.contiguous()
         d_kv, d_shared = d_k.new_empty(ctx.shape), d_k.new_empty(*ctx.shape[:2], rope)
         kernels._call("om_keys_back", d_k, d_v, *ctx.sizes, torch.get_num_threads(), d_kv, d_shared)
-        return d_kv, d_shared, None, None
+        return d_kv, d_shared, None
 
 
-def keys(kv: Tensor, shared: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
-    """MLA's keys [kv's first K | shared] and values [kv's last V | zeros up to ``width``].
+def keys(kv: Tensor, shared: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """MLA's keys [first K of kv | shared] and values, the last V of kv.
 
     Args:
         kv: (B, S, H, K + V).
         shared: (B, S, P), the rotated rope key of all heads.
         nope: K.
-        width: of the values, at least V.
 
     Returns:
-        (B, S, H, K + P) and (B, S, H, width).
+        (B, S, H, K + P) and (B, S, H, V).
     """
-    return _Keys.apply(kv, shared, nope, width)
+    return _Keys.apply(kv, shared, nope)
+
+
+MAX_LENGTH = 1024
+"""A thread keeps one head's queries, keys and values at hand; for longer sequences PyTorch's way is the better one."""
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether :func:`causal_attention` takes these: what :func:`fit` asks, whole vectors, and not too long."""
+    lanes = 16
+    whole = q.shape == k.shape and q.shape[-1] % lanes == 0 and v.shape[-1] % lanes == 0
+    return whole and q.shape[1] <= MAX_LENGTH and fit(q, k, v)
+
+
+def _room(q: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int, int, Tensor]:
+    """Sizes, threads, and a room for each thread."""
+    (batch, length, heads, width), value, threads = q.shape, v.shape[-1], torch.get_num_threads()
+    own = kernels._call("om_causal_room", length, width, value)
+    return batch, length, heads, width, value, threads, own, q.new_empty(threads * own)
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        y, sums = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        kernels._call("om_causal", q, k, v, scale, *_room(q, v), y, sums)
+        ctx.save_for_backward(q, k, v, y, sums)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, y, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def operators(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                scores = ctx.scale * torch.einsum("bshe,bthe->bhst", q, k)
+                later = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+                weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+                return torch.einsum("bhst,bthv->bshv", weights, v)
+
+            return (*_plainly(operators, (q, k, v), (grad,)), None)
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        kernels._call("om_causal_back", grad.contiguous(), q, k, v, y, sums, ctx.scale, *_room(q, v), *grads)
+        return (*grads, None)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ, keys up to the query's own) v; (B, S, H, K), (B, S, H, K), (B, S, H, V) → v's shape.
+
+    As in arXiv 2307.08691, only the logarithm of each row's sum is kept for the way back.
+    """
+    return _Causal.apply(q, k, v, scale)

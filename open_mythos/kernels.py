@@ -146,8 +146,11 @@ _SIGNATURES = {
     "om_gate_back": [_P] * 3 + [_N] * 3 + [_P] * 2,
     "om_gather_sum": [_P, _P] + [_N] * 4 + [_P],
     "om_turn_heads": [_P, _P, _N, _N, _N, _F] + [_N] * 5 + [_P],
-    "om_keys": [_P, _P] + [_N] * 8 + [_P, _P],
-    "om_keys_back": [_P, _P] + [_N] * 7 + [_P, _P],
+    "om_keys": [_P, _P] + [_N] * 6 + [_P, _P],
+    "om_keys_back": [_P, _P] + [_N] * 6 + [_P, _P],
+    "om_causal": [_P, _P, _P, _F] + [_N] * 7 + [_P] * 3,
+    "om_causal_back": [_P] * 6 + [_F] + [_N] * 7 + [_P] * 4,
+    "om_causal_room": [_N] * 3,
 }
 
 

@@ -122,24 +122,21 @@ void om_turn_heads(const float *x, const float *rope, i64 rope_half, i64 rope_ba
     }
 }
 
-/* Keys (N, H, K + P) and values (N, H, W >= V, zeros past V) from kv (N, H, K + V) and one turned rope key (N, P;
- * rows `step` apart) for all heads.
- */
-void om_keys(const float *kv, const float *shared, i64 step, i64 N, i64 H, i64 K, i64 P, i64 V, i64 W, i64 threads,
-             float *keys, float *values) {
+/* Keys (N, H, K + P) and values (N, H, V) from kv (N, H, K + V) and one turned rope key (N, P) for all heads. */
+void om_keys(const float *kv, const float *shared, i64 N, i64 H, i64 K, i64 P, i64 V, i64 threads, float *keys,
+             float *values) {
     ROWS
     for (i64 n = 0; n < N; n++)
         for (i64 h = 0; h < H; h++) {
             const i64 at = n * H + h;
             memcpy(keys + at * (K + P), kv + at * (K + V), sizeof(float) * (size_t)K);
-            memcpy(keys + at * (K + P) + K, shared + n * step, sizeof(float) * (size_t)P);
-            memcpy(values + at * W, kv + at * (K + V) + K, sizeof(float) * (size_t)V);
-            memset(values + at * W + V, 0, sizeof(float) * (size_t)(W - V));
+            memcpy(keys + at * (K + P) + K, shared + n * P, sizeof(float) * (size_t)P);
+            memcpy(values + at * V, kv + at * (K + V) + K, sizeof(float) * (size_t)V);
         }
 }
 
 /* The way back: d_kv (N, H, K + V) and d_shared (N, P), summed over heads. */
-void om_keys_back(const float *d_keys, const float *d_values, i64 N, i64 H, i64 K, i64 P, i64 V, i64 W, i64 threads,
+void om_keys_back(const float *d_keys, const float *d_values, i64 N, i64 H, i64 K, i64 P, i64 V, i64 threads,
                   float *d_kv, float *d_shared) {
     ROWS
     for (i64 n = 0; n < N; n++) {
@@ -149,9 +146,159 @@ void om_keys_back(const float *d_keys, const float *d_values, i64 N, i64 H, i64 
             const i64 at = n * H + h;
             const float *rope = d_keys + at * (K + P) + K;
             memcpy(d_kv + at * (K + V), d_keys + at * (K + P), sizeof(float) * (size_t)K);
-            memcpy(d_kv + at * (K + V) + K, d_values + at * W, sizeof(float) * (size_t)V);
+            memcpy(d_kv + at * (K + V) + K, d_values + at * V, sizeof(float) * (size_t)V);
 #pragma omp simd
             for (i64 i = 0; i < P; i++) sum[i] += rope[i];
         }
     }
+}
+
+/* ---- causal attention of whole sequences ---- */
+
+#define QUERIES 32 /* rows of scores at a time */
+
+/* y (R, 16 W) = or += a b; a's element (r, k) at a[r * a_row + k * a_k], b (K, 16 W) with rows ldb apart. */
+INLINE void product_tile(const float *a, i64 a_row, i64 a_k, const float *b, i64 ldb, i64 K, float *y, i64 ldy, int add,
+                         const int R, const int W) {
+    lanes sum[8][2];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) sum[r][w] = add ? *(const lanes *)(y + r * ldy + w * LANES) : (lanes){0};
+    for (i64 k = 0; k < K; k++) {
+        lanes row[2];
+        for (int w = 0; w < W; w++) row[w] = *(const lanes *)(b + k * ldb + w * LANES);
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W; w++) sum[r][w] += row[w] * a[r * a_row + k * a_k];
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) *(lanes *)(y + r * ldy + w * LANES) = sum[r][w];
+}
+
+/* y (M, N) = or += a b with N a multiple of LANES. */
+static void product(const float *a, i64 a_row, i64 a_k, const float *b, i64 ldb, i64 M, i64 N, i64 K, float *y, i64 ldy,
+                    int add) {
+    for (i64 n = 0; n < N; n += 2 * LANES) {
+        i64 m = 0;
+        if (n + 2 * LANES <= N) {
+            for (; m + 8 <= M; m += 8)
+                product_tile(a + m * a_row, a_row, a_k, b + n, ldb, K, y + m * ldy + n, ldy, add, 8, 2);
+            for (; m < M; m++)
+                product_tile(a + m * a_row, a_row, a_k, b + n, ldb, K, y + m * ldy + n, ldy, add, 1, 2);
+        } else {
+            for (; m + 8 <= M; m += 8)
+                product_tile(a + m * a_row, a_row, a_k, b + n, ldb, K, y + m * ldy + n, ldy, add, 8, 1);
+            for (; m < M; m++)
+                product_tile(a + m * a_row, a_row, a_k, b + n, ldb, K, y + m * ldy + n, ldy, add, 1, 1);
+        }
+    }
+}
+
+/* to (S, width) = factor * x, whose rows are `step` apart. */
+static void take(const float *x, i64 step, i64 S, i64 width, float factor, float *to) {
+    for (i64 s = 0; s < S; s++)
+        for (i64 i = 0; i < width; i++) to[s * width + i] = factor * x[s * step + i];
+}
+
+/* to (width, ld) = x transposed, zeros from S on; a few rows at a time, so that they stay in the first cache. */
+static void take_across(const float *x, i64 step, i64 S, i64 width, i64 ld, float *to) {
+    for (i64 s = 0; s < ld; s += LANES) {
+        const i64 here = S - s < LANES ? (S > s ? S - s : 0) : LANES;
+        for (i64 i = 0; i < width; i++) {
+            float *out = to + i * ld + s;
+            for (i64 j = 0; j < here; j++) out[j] = x[(s + j) * step + i];
+            for (i64 j = here; j < LANES; j++) out[j] = 0.0f;
+        }
+    }
+}
+
+/* Columns of a row of scores: S up to a multiple of LANES, and a little more so that rows do not share cache sets. */
+INLINE i64 score_columns(i64 S) { return (S + LANES - 1) / LANES * LANES + LANES; }
+
+/* y (B, S, H, V) = softmax(scale q kT, causal) v and the logarithms of the sums, lse (B, H, S).
+ *
+ * q, k (B, S, H, E), v (B, S, H, V); E and V multiples of LANES. room: per thread, as om_causal_room says.
+ */
+void om_causal(const float *q, const float *k, const float *v, float scale, i64 B, i64 S, i64 H, i64 E, i64 V,
+               i64 threads, i64 own_room, float *room, float *y, float *lse) {
+    const i64 ld = score_columns(S);
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
+    for (i64 task = 0; task < B * H; task++) {
+        const i64 b = task / H, h = task % H;
+        float *queries = room + omp_get_thread_num() * own_room, *across = queries + S * E, *values = across + E * ld;
+        float *scores = values + S * V;
+        take(q + (b * S * H + h) * E, H * E, S, E, scale, queries);
+        take_across(k + (b * S * H + h) * E, H * E, S, E, ld, across);
+        take(v + (b * S * H + h) * V, H * V, S, V, 1.0f, values);
+        for (i64 from = 0; from < S; from += QUERIES) {
+            const i64 rows = S - from < QUERIES ? S - from : QUERIES, keys = from + rows;
+            float *out = y + ((b * S + from) * H + h) * V;
+            product(queries + from * E, E, 1, across, ld, rows, (keys + LANES - 1) / LANES * LANES, E, scores, ld, 0);
+            for (i64 r = 0; r < rows; r++) {
+                const i64 seen = from + r + 1;
+                float *s = scores + r * ld, top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+                for (i64 c = 0; c < seen; c++) top = s[c] > top ? s[c] : top;
+                if (top == -INFINITY) top = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (i64 c = 0; c < seen; c++) sum += s[c] = fast_exp(s[c] - top);
+                const float factor = 1.0f / sum;
+#pragma omp simd
+                for (i64 c = 0; c < seen; c++) s[c] *= factor;
+                for (i64 c = seen; c < keys; c++) s[c] = 0.0f;
+                lse[(b * H + h) * S + from + r] = top + logf(sum);
+            }
+            product(scores, ld, 1, values, V, rows, V, keys, out, H * V, 0);
+        }
+    }
+}
+
+/* The way back: dq, dk (B, S, H, E) and dv (B, S, H, V) from g (B, S, H, V), with y and lse of the way there. */
+void om_causal_back(const float *g, const float *q, const float *k, const float *v, const float *y, const float *lse,
+                    float scale, i64 B, i64 S, i64 H, i64 E, i64 V, i64 threads, i64 own_room, float *room, float *dq,
+                    float *dk, float *dv) {
+    const i64 ld = score_columns(S);
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
+    for (i64 task = 0; task < B * H; task++) {
+        const i64 b = task / H, h = task % H, at = (b * S * H + h) * E, at_value = (b * S * H + h) * V;
+        float *queries = room + omp_get_thread_num() * own_room, *across = queries + S * E, *keys = across + E * ld;
+        float *back = keys + S * E, *values_across = back + S * V, *d_keys = values_across + V * ld;
+        float *d_values = d_keys + S * E, *weights = d_values + S * V, *d_scores = weights + QUERIES * ld;
+        take(q + at, H * E, S, E, scale, queries);
+        take(k + at, H * E, S, E, scale, keys);
+        take_across(k + at, H * E, S, E, ld, across);
+        take_across(v + at_value, H * V, S, V, ld, values_across);
+        take(g + at_value, H * V, S, V, 1.0f, back);
+        memset(d_keys, 0, sizeof(float) * (size_t)(S * (E + V)));
+        for (i64 from = 0; from < S; from += QUERIES) {
+            const i64 rows = S - from < QUERIES ? S - from : QUERIES, end = from + rows;
+            const i64 wide = (end + LANES - 1) / LANES * LANES;
+            product(queries + from * E, E, 1, across, ld, rows, wide, E, weights, ld, 0);
+            product(back + from * V, V, 1, values_across, ld, rows, wide, V, d_scores, ld, 0);
+            for (i64 r = 0; r < rows; r++) {
+                const i64 seen = from + r + 1;
+                const float *out = y + at_value + (from + r) * H * V, *up = back + (from + r) * V;
+                const float shift = lse[(b * H + h) * S + from + r];
+                float *w = weights + r * ld, *d = d_scores + r * ld, dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+                for (i64 i = 0; i < V; i++) dot += up[i] * out[i];
+#pragma omp simd
+                for (i64 c = 0; c < seen; c++) {
+                    w[c] = fast_exp(w[c] - shift);
+                    d[c] = w[c] * (d[c] - dot);
+                }
+                for (i64 c = seen; c < end; c++) w[c] = d[c] = 0.0f;
+            }
+            product(weights, 1, ld, back + from * V, V, end, V, rows, d_values, V, 1);
+            product(d_scores, 1, ld, queries + from * E, E, end, E, rows, d_keys, E, 1);
+            product(d_scores, ld, 1, keys, E, rows, E, end, dq + at + from * H * E, H * E, 0);
+        }
+        for (i64 s = 0; s < S; s++) {
+            memcpy(dk + at + s * H * E, d_keys + s * E, sizeof(float) * (size_t)E);
+            memcpy(dv + at_value + s * H * V, d_values + s * V, sizeof(float) * (size_t)V);
+        }
+    }
+}
+
+/* Floats of room a thread needs for either way. */
+int om_causal_room(i64 S, i64 E, i64 V) {
+    return (int)(3 * S * E + 2 * S * V + (E + V + 2 * QUERIES) * score_columns(S));
 }

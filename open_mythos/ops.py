@@ -23,6 +23,7 @@ __all__ = [
     "attention",
     "attention_reference",
     "bare",
+    "causal_attention",
     "combine",
     "dispatch",
     "expert_offsets",
@@ -184,27 +185,26 @@ def turn_heads(x: Tensor, rope: Tensor) -> Tensor:
     return fused.turn_heads(x, rope) if fused.fit(x, rope) else turn_heads_reference(x, rope)
 
 
-def latent_keys_reference(kv: Tensor, shared: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
-    """MLA's keys [first K of kv | shared] and values [last V of kv | zeros up to ``width``].
+def latent_keys_reference(kv: Tensor, shared: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """MLA's keys [first K of kv | shared] and values, the last V of kv.
 
     Args:
         kv: (B, S, H, K + V).
         shared: (B, S, P), the rotated rope key of all heads.
         nope: K.
-        width: of the values, at least V.
 
     Returns:
-        (B, S, H, K + P) and (B, S, H, width).
+        (B, S, H, K + P) and (B, S, H, V).
     """
     k, v = kv.split((nope, kv.shape[-1] - nope), -1)
     k = torch.cat((k, shared.unsqueeze(2).expand(-1, -1, kv.shape[2], -1)), -1)
-    return k, F.pad(v, (0, width - v.shape[-1]))
+    return k, v
 
 
-def latent_keys(kv: Tensor, shared: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
+def latent_keys(kv: Tensor, shared: Tensor, nope: int) -> tuple[Tensor, Tensor]:
     """:func:`latent_keys_reference`, in one kernel where :mod:`open_mythos.fused` serves."""
     shared = shared.contiguous()
-    return (fused.keys if fused.fit(kv, shared) else latent_keys_reference)(kv, shared, nope, width)
+    return (fused.keys if fused.fit(kv, shared) else latent_keys_reference)(kv, shared, nope)
 
 
 def _heads_to_groups(n_heads: int, n_groups: int, device: torch.device) -> Tensor:
@@ -279,6 +279,24 @@ def attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=share
         )
     return out[..., :value_width]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """:func:`attention` of a whole sequence, in one kernel where :mod:`open_mythos.fused` serves.
+
+    Args:
+        q: (B, S, H, K).
+        k: (B, S, H, K).
+        v: (B, S, H, Kv).
+        scale: factor on the scores.
+
+    Returns:
+        (B, S, H, Kv).
+    """
+    if fused.attends(q, k, v):
+        return fused.causal_attention(q, k, v, scale)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return attention(*heads_first, scale=scale, causal=True).transpose(1, 2)
 
 
 def latent_attention(

@@ -17,11 +17,13 @@ from open_mythos.model.layers import RMSNorm, apply_rope
 from open_mythos.ops import (
     attention,
     bare,
+    causal_attention,
     latent_attention,
     latent_kernels_serve,
     latent_keys,
     latent_outputs,
     latent_queries,
+    linears,
     training_kernels_serve,
     turn_heads,
 )
@@ -82,9 +84,7 @@ class GQAttention(nn.Module):
     def forward(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
         """(B, S, D) → (B, S, D)."""
         batch, new = x.shape[:2]
-        q = self.wq(x).view(batch, new, self.n_heads, self.head_dim)
-        k = self.wk(x).view(batch, new, self.n_kv_heads, self.head_dim)
-        v = self.wv(x).view(batch, new, self.n_kv_heads, self.head_dim)
+        q, k, v = (y.view(batch, new, -1, self.head_dim) for y in linears(x, self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, ctx.rope), apply_rope(k, ctx.rope)
@@ -136,8 +136,9 @@ class MLAttention(nn.Module):
         absorb = ctx.past > 0 and self._absorbing_pays(x.shape[1], ctx.past + x.shape[1])
         if absorb and self._kernels_serve(x, ctx):
             return self._fused(x, ctx, slot)
-        q = self.q_up(self.q_norm(self.q_down(x))).view(*x.shape[:2], self.n_heads, -1)
-        c, k_rope = self.kv_down(x).split((self.rank, self.rope_dim), -1)
+        low, shared = linears(x, self.q_down, self.kv_down)
+        q = self.q_up(self.q_norm(low)).view(*x.shape[:2], self.n_heads, -1)
+        c, k_rope = shared.split((self.rank, self.rope_dim), -1)
         if not absorb and training_kernels_serve(q, ctx.rope):
             return self.wo(self._attend_built(q, c, k_rope, ctx, slot))
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), -1)
@@ -188,17 +189,13 @@ class MLAttention(nn.Module):
             latent = ctx.store(slot, latent=torch.cat((c, k_rope), -1))["latent"]
             c, k_rope = latent.split((self.rank, self.rope_dim), -1)
         kv = self.kv_up(c).view(*c.shape[:2], self.n_heads, -1)
-        k, v = latent_keys(kv, k_rope, self.nope_dim, max(self.v_dim, self.nope_dim + self.rope_dim))
-        out = attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            scale=self.scale,
-            mask=ctx.mask,
-            causal=ctx.mask is None and q.shape[1] > 1,
-            dropout=self.dropout if self.training else 0.0,
-        )
-        return out[..., : self.v_dim].transpose(1, 2).flatten(2)
+        k, v = latent_keys(kv, k_rope, self.nope_dim)
+        dropout, causal = self.dropout if self.training else 0.0, ctx.mask is None and q.shape[1] > 1
+        if causal and not dropout:
+            return causal_attention(q, k, v, scale=self.scale).flatten(2)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = attention(*heads_first, scale=self.scale, mask=ctx.mask, causal=causal, dropout=dropout)
+        return out.transpose(1, 2).flatten(2)
 
     def _attend_expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, ctx: SequenceContext
