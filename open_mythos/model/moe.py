@@ -22,6 +22,7 @@ from open_mythos.ops import (
     gate,
     grouped_linear,
     moe_of_few_tokens,
+    top_k,
 )
 
 __all__ = ["MoEFFN"]
@@ -65,10 +66,10 @@ class MoEFFN(nn.Module):
         fused = self._fused(flat, experts, weights)
         if fused is not None:
             return fused.view_as(x)
-        order, counts = expert_offsets(experts, self.n_experts)
+        order, inverse, counts = expert_offsets(experts, self.n_experts)
         if self.training and torch.is_grad_enabled():
             self.expert_load += counts
-        out = self._routed(flat, weights, order, counts)
+        out = self._routed(flat, weights, order, inverse, counts)
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x)
@@ -88,17 +89,19 @@ class MoEFFN(nn.Module):
         """
         logits = self.router(flat)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        experts = (logits + self.router_bias).topk(self.topk, dim=-1).indices
+        experts = top_k(logits + self.router_bias, self.topk)
         return experts, logits.gather(-1, experts).softmax(-1)
 
-    def _routed(self, flat: Tensor, weights: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+    def _routed(
+        self, flat: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, counts: Tensor
+    ) -> Tensor:
         w_in: Tensor = self.w_in
         w_out: Tensor = self.w_out
         rows = flat
         if torch.is_autocast_enabled(flat.device.type):
             dtype = torch.get_autocast_dtype(flat.device.type)
             w_in, w_out, rows = w_in.to(dtype), w_out.to(dtype), flat.to(dtype)
-        rows, inverse = dispatch(rows, order, self.topk)
+        rows = dispatch(rows, order, inverse, self.topk)
         hidden = grouped_linear(rows, w_in, counts)
         # Weighted before the second product, which is linear: the backward then needs no expert's output.
         weight = weights.reshape(-1).index_select(0, order).to(hidden.dtype)

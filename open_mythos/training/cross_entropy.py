@@ -134,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x * grad.to(grad_x.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.dtype)
+            grad_weight = torch.mul(grad_weight, grad, out=torch.empty_like(grad_weight, dtype=ctx.dtype))
         return grad_x, grad_weight, None, None, None, None, None
 
 

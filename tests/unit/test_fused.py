@@ -105,8 +105,8 @@ def _moved(k: int) -> Any:
     experts = torch.rand(11, 5).topk(k).indices
 
     def move(x: Tensor) -> Tensor:
-        order, _ = ops.expert_offsets(experts, 5)
-        rows, inverse = ops.dispatch(x, order, k)
+        order, inverse, _ = ops.expert_offsets(experts, 5)
+        rows = ops.dispatch(x, order, inverse, k)
         return ops.combine(rows * torch.arange(1, 1 + len(rows)).unsqueeze(1), order, inverse, k)
 
     return move, move, (torch.randn(11, 19),)

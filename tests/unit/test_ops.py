@@ -167,19 +167,23 @@ def test_grouped_linear_takes_odd_strides(dtype: torch.dtype) -> None:
         torch.testing.assert_close(out, expected, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("k", [1, 3])
-def test_dispatch_and_combine_equal_indexing(k: int) -> None:
+def test_dispatch_and_combine_equal_indexing(k: int, counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_COUNTED_EXPERTS", 128 if counted else 0)
     tokens, n_experts = 9, 5
     x, weights = torch.randn(tokens, 4, dtype=F64), torch.rand(tokens, k, dtype=F64)
     experts = torch.stack([torch.randperm(n_experts)[:k] for _ in range(tokens)])
-    order, counts = ops.expert_offsets(experts, n_experts)
+    order, inverse, counts = ops.expert_offsets(experts, n_experts)
     flat = experts.flatten()
     assert torch.equal(counts, torch.bincount(flat, minlength=n_experts))
     assert torch.equal(flat[order], flat.sort().values)
+    assert torch.equal(inverse[order], torch.arange(tokens * k))
+    assert all(t.dtype == torch.int64 for t in (order, inverse, counts))
     assert torch.equal(order, torch.tensor(sorted(range(tokens * k), key=lambda i: (int(flat[i]), i))))
 
     def fast(x: Tensor, weights: Tensor) -> Tensor:
-        rows, inverse = ops.dispatch(x, order, k)
+        rows = ops.dispatch(x, order, inverse, k)
         assert torch.equal(rows, x[order // k])
         rows = rows * (weights.flatten() * (1 + flat))[order].unsqueeze(1)
         return ops.combine(rows, order, inverse, k)
@@ -196,7 +200,7 @@ def test_dispatch_and_combine_equal_indexing(k: int) -> None:
 
 def test_combine_gives_the_same_bits_at_every_run() -> None:
     experts = torch.randint(0, 8, (64, 4))
-    order, _ = ops.expert_offsets(experts, 8)
-    rows, inverse = ops.dispatch(torch.randn(64, 32), order, 4)
+    order, inverse, _ = ops.expert_offsets(experts, 8)
+    rows = ops.dispatch(torch.randn(64, 32), order, inverse, 4)
     runs = [with_gradients(lambda rows: ops.combine(rows, order, inverse, 4), rows) for _ in range(5)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
