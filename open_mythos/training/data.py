@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,15 +212,38 @@ def _text(name: str, path: Path, data: DataConfig) -> Iterator[Record]:
 
 
 def _jsonl(name: str, path: Path, data: DataConfig) -> Iterator[Record]:
-    """One document a line."""
+    """One document a line. Of a compressed file that was cut the whole lines count; one that was damaged might give
+    wrong text before anyone notices, so it is read to its end, where its checksum is, before any line counts.
+    """
+    fault = _fault(path)
+    if fault is not None and fault.reason == "damaged":
+        yield fault._replace(where=name)
+        return
     key, number = data.options["text_field"], 0
     # An escape takes six characters, and other fields of a record some more.
     limit = 6 * data.options["max_document_chars"] + _CHUNK
     try:
         for number, line in enumerate(_lines(path, limit), start=1):
             yield _json_record(f"{name}:{number}", line, key)
-    except (EOFError, OSError, ValueError) as problem:  # of the decompressor: the file was cut or damaged
-        yield Record(f"{name}:{number + 1}", None, "truncated", " ".join(str(problem).split()))
+    except (EOFError, OSError):
+        if fault is None:
+            raise
+        yield fault._replace(where=f"{name}:{number + 1}")
+
+
+def _fault(path: Path) -> Record | None:
+    """What is wrong with a compressed file."""
+    if path.suffix not in (".gz", ".zst"):
+        return None
+    try:
+        with _opened(path) as file:
+            while file.read(_CHUNK):
+                pass
+    except (EOFError, OSError, zlib.error) as problem:
+        detail = " ".join(str(problem).split())
+        cut = isinstance(problem, EOFError) or detail.startswith("Truncated")
+        return Record("", None, "truncated" if cut else "damaged", detail)
+    return None
 
 
 def _json_record(where: str, line: bytes | None, key: str) -> Record:

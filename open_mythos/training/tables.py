@@ -41,7 +41,7 @@ def parquet_records(name: str, path: Path, data: DataConfig) -> Iterator[Record]
                     row += len(batch)
             except (OSError, pa.ArrowException) as problem:
                 lost = rows - (row - first)
-                yield Record(f"{name}:{row}", None, "truncated", f"{lost} rows: {_line(problem)}", lost)
+                yield Record(f"{name}:{row}", None, "damaged", f"{lost} rows: {_line(problem)}", lost)
             row = first + rows
 
 

@@ -26,8 +26,10 @@ def token_records(name: str, path: Path, data: DataConfig) -> Iterator[Record]:
     eos = data.options["eos_id"] if data.options["vocab_size"] is not None else data.tokenizer().eos_id
     try:
         ids, rest = _mapped(path, data.options["token_dtype"])
-    except (OSError, ValueError, EOFError) as problem:
-        yield Record(name, None, "truncated", " ".join(str(problem).split())[:200])
+    except Exception as problem:  # a damaged header makes numpy raise errors of many kinds
+        detail = " ".join(str(problem).split())[:200]
+        cut = isinstance(problem, EOFError) or "mmap length" in detail
+        yield Record(name, None, "truncated" if cut else "damaged", detail)
         return
     limit = data.options["max_document_chars"]
     start, held = 0, 0  # the current document, and how much of the file has been searched

@@ -144,9 +144,10 @@ def test_token_files_that_were_cut_lose_what_was_cut(tmp_path: Path):
     (tmp_path / "a.bin").write_bytes(data[:-6])
     np.save(tmp_path / "b.npy", np.array(run))
     (tmp_path / "b.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:-6])
+    (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00\x20\x00{'descr': (" + b" " * 60)
     prepared = make(tmp_path, token_dtype="uint32", vocab_size=100, eos_id=99)
-    assert prepared.index["bad"] == {"truncated": 2}
-    assert [found["where"] for found in prepared.located()] == ["a.bin:87", "b.npy"]
+    assert prepared.index["bad"] == {"damaged": 1, "truncated": 2}
+    assert [found["where"] for found in prepared.located()] == ["a.bin:87", "b.npy", "c.npy"]
     assert sorted(all_documents(prepared)) == [[n, n] for n in range(29)]
 
 
@@ -165,6 +166,22 @@ def test_a_compressed_file_that_was_cut_gives_its_whole_lines(tmp_path: Path, su
     assert Counter(bytes(d).decode() for d in all_documents(prepared)) == Counter(rows[:kept])
 
 
+def test_nothing_of_a_damaged_compressed_file_is_trained_on(tmp_path: Path):
+    """A flipped bit in stored text, which only the checksum at the end of the file tells."""
+    jsonl(tmp_path / "good.jsonl", ["good"] * 30)
+    data = "".join(json.dumps({"text": f"text {i:03d}"}) + "\n" for i in range(300)).encode()
+    packed = bytearray(gzip.compress(data, compresslevel=0))
+    packed[packed.index(b"text 007")] ^= 1
+    (tmp_path / "flipped.jsonl.gz").write_bytes(packed)
+    packed = bytearray(gzip.compress(data))
+    packed[200:260] = bytes(60)
+    (tmp_path / "zeros.jsonl.gz").write_bytes(packed)
+    prepared = make(tmp_path)
+    assert prepared.index["bad"] == {"damaged": 2}
+    assert [found["where"] for found in prepared.located()] == ["flipped.jsonl.gz", "zeros.jsonl.gz"]
+    assert {bytes(d) for d in all_documents(prepared)} == {b"good"}
+
+
 def test_a_damaged_row_group_costs_itself_only(tmp_path: Path):
     path = tmp_path / "x.parquet"
     rows = [f"row {i} " + "x" * 50 for i in range(60)]
@@ -176,7 +193,7 @@ def test_a_damaged_row_group_costs_itself_only(tmp_path: Path):
     data[data.index(b"row 25")] ^= 1
     path.write_bytes(data)
     prepared = make(tmp_path)
-    assert prepared.index["bad"] == {"truncated": 20}
+    assert prepared.index["bad"] == {"damaged": 20}
     assert prepared.located()[0]["where"] == "x.parquet:20"
     assert prepared.index["documents"] == 40
 
