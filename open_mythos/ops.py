@@ -37,11 +37,13 @@ __all__ = [
     "latent_keys_reference",
     "latent_outputs",
     "latent_queries",
+    "linears",
     "moe_of_few_tokens",
     "rms_norm",
     "rms_norm_reference",
     "swiglu",
     "swiglu_reference",
+    "top_k",
     "training_kernels_serve",
     "turn_heads",
     "turn_heads_reference",
@@ -60,6 +62,22 @@ def bare(module: nn.Module | None, kind: type) -> bool:
         and module._parameters.get("bias") is None
         and not _has_any_global_hook()
     )
+
+
+def linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """Several projections of the same input; compiled for a GPU they are one product, and so is their backward.
+
+    Args:
+        x: (…, D).
+        modules: linear maps from D.
+
+    Returns:
+        (…, width) of each module.
+    """
+    if x.is_cuda and torch.compiler.is_compiling() and all(bare(module, nn.Linear) for module in modules):
+        weights: list[Any] = [module.weight for module in modules]
+        return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
+    return tuple(module(x) for module in modules)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -333,22 +351,50 @@ def latent_attention(
     return out.view(batch, length, heads, width)[..., :rank]
 
 
-def expert_offsets(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Sort token slots by expert, on the device and without a host synchronisation.
+# Up to here counting who came before is cheaper than sorting, which starts many small kernels.
+_COUNTED_EXPERTS = 128
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of the last axis, in falling order; (N, E) → (N, k) int64.
+
+    Compiled for a GPU it is k rounds of taking the largest, which become one kernel.
+    """
+    if not (scores.is_cuda and torch.compiler.is_compiling()):
+        return scores.topk(k, dim=-1).indices
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    chosen: list[Tensor] = []
+    for _ in range(k):
+        chosen.append(scores.argmax(-1, keepdim=True))
+        scores = scores.masked_fill(places == chosen[-1], -math.inf)
+    return torch.cat(chosen, -1)
+
+
+def expert_offsets(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort token slots by expert, those of one expert by token, on the device and without a host synchronisation.
 
     Args:
-        experts: (N, k) expert of each slot.
+        experts: (N, k) experts of each token, all different.
         n_experts: E.
 
     Returns:
-        ``order`` (N·k,): slot at each sorted place; ``counts`` (E,) int64: slots of each expert.
+        ``order`` (N·k,): slot at each sorted place; ``inverse`` (N·k,): place of each slot; ``counts`` (E,):
+        slots of each expert. All int64.
     """
     flat = experts.reshape(-1)
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat))
-    # Narrow keys: a radix sort takes one pass per byte.
-    keys = flat.to(torch.int16) if n_experts < 2**15 else flat
-    return keys.argsort(stable=True), counts
+    slots = torch.arange(flat.numel(), device=flat.device)
+    if n_experts > _COUNTED_EXPERTS:
+        counts = torch.zeros(n_experts, dtype=torch.int64, device=flat.device)
+        counts.scatter_add_(0, flat, torch.ones_like(flat))
+        # Narrow keys: a radix sort takes one pass per byte.
+        order = (flat.to(torch.int16) if n_experts < 2**15 else flat).argsort(stable=True)
+        return order, torch.empty_like(order).scatter_(0, order, slots), counts
+    taken = (experts.unsqueeze(-1) == torch.arange(n_experts, device=flat.device)).any(1)
+    seen = taken.cumsum(0, dtype=torch.int32)
+    counts = taken.sum(0)
+    first = counts.cumsum(0) - counts
+    inverse = (seen + (first - 1)).gather(1, experts).reshape(-1)
+    return torch.empty_like(inverse).scatter_(0, inverse, slots), inverse, counts
 
 
 def _gather_sum(rows: Tensor, place: Tensor, k: int) -> Tensor:
@@ -388,23 +434,19 @@ class _Combine(torch.autograd.Function):
         return grad.index_select(0, order // ctx.k), None, None, None
 
 
-def _inverse(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-
-
-def dispatch(x: Tensor, order: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def dispatch(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
     """Token rows in expert order.
 
     Args:
         x: (N, D).
         order: (N·k,) from :func:`expert_offsets`.
+        inverse: likewise.
         k: experts per token.
 
     Returns:
-        (N·k, D) and the inverse permutation (N·k,), which :func:`combine` needs.
+        (N·k, D).
     """
-    inverse = _inverse(order)
-    return _Dispatch.apply(x, order, inverse, k), inverse
+    return _Dispatch.apply(x, order, inverse, k)
 
 
 def combine(y: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
