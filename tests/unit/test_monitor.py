@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from open_mythos import MythosConfig, OpenMythos
 from open_mythos.analysis.probes import trace
 from open_mythos.model import spectral_radius
 from open_mythos.training.config import RunConfig
+from open_mythos.training.logconfig import LogConfig
 from open_mythos.training.loops import LoopPlan
 from open_mythos.training.meter import train_flops
 from open_mythos.training.monitor import PARTS, Monitor, _balance, _measures, _Recorder, gradient_norms
@@ -474,3 +477,20 @@ def numbers(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else [value]
+
+
+def test_the_page_defines_every_key_of_a_record_and_every_limit():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    table = page.split("## The record")[1].split("## MFU")[0]
+    keys = {
+        key
+        for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+        for key in re.findall(r"`(\w+)`", row)
+    }
+    model = build()
+    row = one_step(Monitor(run_config(), model), Objective(model), 1, LoopPlan(0, 1))
+    assert row is not None
+    assert {"step", *keys} == {*row, "nonfinite", "seconds"}
+    limits = {f.name: f.default for f in dataclasses.fields(LogConfig) if isinstance(f.default, float)}
+    told = dict(re.findall(r"`(\w+) = ([\d.]+)`", page))
+    assert {name: float(value) for name, value in told.items()} == limits
