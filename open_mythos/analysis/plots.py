@@ -55,9 +55,10 @@ def loss(metrics: Sequence[Record], *, chance: float | None = None) -> Figure:
     """Training loss over steps: every logged step faint, their running mean strong.
 
     Args:
-        metrics: objects with ``step`` and ``loss`` (nats per token).
+        metrics: objects with ``step`` and ``loss`` (nats per token), None where it was not finite.
         chance: loss of uniform guessing, drawn as a line.
     """
+    metrics = [m for m in metrics if m["loss"] is not None]
     _need("metrics", metrics)
     steps, values = [m["step"] for m in metrics], [float(m["loss"]) for m in metrics]
     figure, ax = new_figure(NARROW)
@@ -343,8 +344,9 @@ def spectral(metrics: Sequence[Record]) -> Figure:
     """ρ(A), the slowest decay of the injected recurrence, over training; stable below one.
 
     Args:
-        metrics: objects with ``step`` and ``rho``.
+        metrics: objects with ``step`` and ``rho``, None where it was not finite.
     """
+    metrics = [m for m in metrics if m["rho"] is not None]
     _need("metrics", metrics)
     values = [float(m["rho"]) for m in metrics]
     figure, ax = new_figure(NARROW)

@@ -274,6 +274,13 @@ def test_a_figure_has_the_same_bytes_each_time_and_leaves_the_settings_alone():
     assert dict(mpl.rcParams) == before
 
 
+def test_a_step_that_was_not_finite_is_left_out_of_the_figures():
+    rows = [{"step": i, "loss": 2.0 - i / 10, "rho": 0.5} for i in range(5)]
+    broken = [*rows, {"step": 5, "loss": None, "rho": None}]
+    assert plots.to_svg(plots.loss(broken)) == plots.to_svg(plots.loss(rows))
+    assert plots.to_svg(plots.spectral(broken)) == plots.to_svg(plots.spectral(rows))
+
+
 def test_many_experts_are_drawn_as_a_heat_map_and_few_as_bars():
     few = plots.experts({"expert_loads": [[1, 2, 3, 4]] * 3})
     many = plots.experts({"expert_loads": [[1] * 16] * 3})
