@@ -35,6 +35,9 @@ __all__ = [
 Saved = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name → dtype and full shape of the tensors of a checkpoint."""
 
+COUNTS = ".expert_load"
+"""Buffers in which each rank counts its own tokens, until the router's bias has followed their sum."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, is missing or damaged, or belongs to another run."""
@@ -98,10 +101,12 @@ def counters(state: TrainState) -> dict[str, int | float]:
 def state_tensors(state: TrainState, rank: int) -> dict[str, Tensor]:
     """Name → tensor of all that is not JSON: the live tensors of model and optimiser, and this rank's noise.
 
+    Every rank must call it.
+
     Raises:
         CheckpointError: the optimiser has state of a tensor that is not the model's, so it would be lost.
     """
-    tensors = _model_tensors(state.model)
+    tensors = _counted_together(_model_tensors(state.model))
     held = {id(parameter): parts for parameter, parts in state.optimizer.state.items() if parts}
     for name, parameter in _parameters(state.model).items():
         for part, value in held.pop(id(parameter), {}).items():
@@ -156,6 +161,9 @@ def adopt(
         state.optimizer.state.pop(parameter, None)
         if parts:
             state.optimizer.state[parameter] = parts
+    for key, value in room.items():
+        if key.endswith(COUNTS) and rank:
+            value.zero_()  # rank 0 holds what all had counted
     state.loops.set_state(room["rng.loops"])
     own = f".{rank if rank < ranks else 0:05d}"
     noise = {key[4 : -len(own)]: v for key, v in room.items() if key.startswith("rng.") and key.endswith(own)}
@@ -175,7 +183,7 @@ def gather_model(model: OpenMythos) -> OpenMythos | None:
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     state: dict[str, Tensor] = {}
-    for key, tensor in _model_tensors(model).items():
+    for key, tensor in _counted_together(_model_tensors(model)).items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if first:
             state[key.removeprefix("model.")] = whole.to("cpu", copy=True)
@@ -191,6 +199,16 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, a tied head once."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {f"model.{WRAPPERS.sub('', name)}": value.detach() for name, value in named}
+
+
+def _counted_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with what each rank has counted for itself summed over the ranks."""
+    if not dist.is_initialized():
+        return tensors
+    sums = {key: value.clone() for key, value in tensors.items() if key.endswith(COUNTS)}
+    for value in sums.values():
+        dist.all_reduce(value)
+    return tensors | sums
 
 
 def _check_fit(saved: Saved, wanted: Mapping[str, Tensor]) -> None:
