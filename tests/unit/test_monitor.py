@@ -214,6 +214,36 @@ def test_ordinary_steps_do_not_wait_for_the_device():
     assert len(row["state_norm"]) == 3
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_ordinary_steps_and_looks_do_not_wait_for_a_gpu():
+    model = build().to("cuda")
+    monitor = Monitor(run_config(train={"log_every": 2}, log={"monitor_every": 2}), model)
+    objective, plan = Objective(model), LoopPlan(1, 2)
+    data = {name: value.to("cuda") for name, value in batch().items()}
+    row = None
+    for step in range(1, 5):
+        monitor.begin(step, read=step == 4)
+        loss = objective(data, plan)  # the first may set libraries up
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            with monitor.watching():
+                model.step(loss.new_ones(4, 8, 24), loss.new_ones(4, 8, 24), 0)
+            loss.backward()
+            monitor.passed(loss, plan, 32, 8)
+            norms = gradient_norms(model)
+            if monitor._recorder is not None:
+                monitor._recorder.result()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        row = monitor.end(1e-3, norms, skipped=torch.zeros((), dtype=torch.bool, device="cuda"))
+    assert row is not None
+    assert row["mfu"] is not None and row["mfu"] > 0  # noqa: PT018
+    assert 0 < row["memory"] <= row["memory_peak"]
+    assert len(row["state_norm"]) == 1
+    assert monitor.facts()["device"] == torch.cuda.get_device_name()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradient_norms_are_those_of_the_parts_and_of_all(tied: bool):
     model = build(tie_embeddings=tied)
