@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _has_any_global_hook
 
-from open_mythos import fused, kernels
+from open_mythos import fused, kernels, kernels_gpu
 from open_mythos.kernels import latent_outputs, latent_queries
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "causal_attention",
     "combine",
     "dispatch",
+    "expert_mlps",
+    "expert_mlps_reference",
     "expert_offsets",
     "gate",
     "gate_reference",
@@ -41,6 +43,7 @@ __all__ = [
     "moe_of_few_tokens",
     "rms_norm",
     "rms_norm_reference",
+    "sorted_weights",
     "swiglu",
     "swiglu_reference",
     "top_k",
@@ -449,6 +452,25 @@ def dispatch(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
     return _Dispatch.apply(x, order, inverse, k)
 
 
+class _Sorted(torch.autograd.Function):
+    """A permutation, whose backward is the other way round and not a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def sorted_weights(weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Routing weights (N, k) in expert order, (N·k,)."""
+    return _Sorted.apply(weights.reshape(-1), order, inverse)
+
+
 def combine(y: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
     """Sum of each token's k rows, in a fixed order: the same bits at every run.
 
@@ -515,6 +537,52 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     the host once a call.
     """
     if _grouped_mm_serves(x, weight):
+        if torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf and fused.fit(x, weight):
+            return fused.grouped_linear(x, weight, counts)
         out = F.grouped_mm(x.contiguous(), weight, offs=counts.cumsum(0).to(torch.int32))
         return _ContiguousGrad.apply(out)
     return grouped_linear_reference(x, weight, counts)
+
+
+def expert_mlps_reference(
+    rows: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, counts: Tensor
+) -> Tensor:
+    """SwiGLU experts on rows sorted by expert, each row's hidden activations times its weight.
+
+    Args:
+        rows: (N, D).
+        w_in: (E, D, 2F), gate and up side by side.
+        w_out: (E, F, D).
+        weights: (N,).
+        counts: (E,) rows of each expert.
+
+    Returns:
+        (N, D).
+    """
+    # Weighted before the second product, which is linear: the backward then needs no expert's output.
+    return grouped_linear(gate(grouped_linear(rows, w_in, counts), weights), w_out, counts)
+
+
+def expert_mlps(rows: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """:func:`expert_mlps_reference`; compiled for a GPU with a backward that passes over the hidden rows once."""
+    if rows.is_cuda and torch.compiler.is_compiling() and _grouped_mm_serves(rows, w_in):
+        return _Experts.apply(rows, w_in, w_out, weights, counts.cumsum(0).to(torch.int32))
+    return expert_mlps_reference(rows, w_in, w_out, weights, counts)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        hidden = F.grouped_mm(rows, w_in, offs=ends)
+        ctx.save_for_backward(rows, w_in, w_out, weights, ends, hidden)
+        return F.grouped_mm(gate_reference(hidden, weights), w_out, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        rows, w_in, w_out, weights, ends, hidden = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_y = F.grouped_mm(grad, w_out.transpose(1, 2), offs=ends)
+        d_hidden, d_weights, y = kernels_gpu.gate_backward(hidden, weights, d_y)
+        d_out = F.grouped_mm(y.t(), grad, offs=ends)
+        d_in = F.grouped_mm(rows.t(), d_hidden, offs=ends)
+        return F.grouped_mm(d_hidden, w_in.transpose(1, 2), offs=ends), d_in, d_out, d_weights, None

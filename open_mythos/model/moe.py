@@ -18,10 +18,10 @@ from open_mythos.ops import (
     bare,
     combine,
     dispatch,
+    expert_mlps,
     expert_offsets,
-    gate,
-    grouped_linear,
     moe_of_few_tokens,
+    sorted_weights,
     top_k,
 )
 
@@ -102,10 +102,8 @@ class MoEFFN(nn.Module):
             dtype = torch.get_autocast_dtype(flat.device.type)
             w_in, w_out, rows = w_in.to(dtype), w_out.to(dtype), flat.to(dtype)
         rows = dispatch(rows, order, inverse, self.topk)
-        hidden = grouped_linear(rows, w_in, counts)
-        # Weighted before the second product, which is linear: the backward then needs no expert's output.
-        weight = weights.reshape(-1).index_select(0, order).to(hidden.dtype)
-        out = grouped_linear(gate(hidden, weight), w_out, counts)
+        weights = sorted_weights(weights, order, inverse).to(rows.dtype)
+        out = expert_mlps(rows, w_in, w_out, weights, counts)
         return combine(out, order, inverse, self.topk).to(flat.dtype)
 
     @torch.no_grad()

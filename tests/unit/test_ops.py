@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import ops
+from open_mythos.kernels_gpu import gate_backward
 
 F64 = torch.float64
 
@@ -199,8 +200,49 @@ def test_dispatch_and_combine_equal_indexing(k: int, counted: bool, monkeypatch:
 
 
 def test_combine_gives_the_same_bits_at_every_run() -> None:
-    experts = torch.randint(0, 8, (64, 4))
+    experts = torch.stack([torch.randperm(8)[:4] for _ in range(64)])
     order, inverse, _ = ops.expert_offsets(experts, 8)
     rows = ops.dispatch(torch.randn(64, 32), order, inverse, 4)
     runs = [with_gradients(lambda rows: ops.combine(rows, order, inverse, 4), rows) for _ in range(5)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+def test_the_gates_backward_equals_autograd() -> None:
+    hidden, weight, grad = (
+        torch.randn(7, 12, dtype=F64),
+        torch.rand(7, dtype=F64),
+        torch.randn(7, 6, dtype=F64),
+    )
+    inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = ops.gate_reference(*inputs)
+    d_hidden, d_weight = torch.autograd.grad(y, inputs, grad)
+    for got, wanted in zip(
+        gate_backward(hidden, weight, grad), (d_hidden, d_weight, y.detach()), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    torch.library.opcheck(gate_backward, (hidden, weight, grad))
+
+
+def test_experts_with_their_own_backward_equal_the_plain_ones() -> None:
+    """What a compiler on a GPU gets; here its plain operators in float32."""
+    counts = torch.tensor([3, 0, 5])
+    inputs = torch.randn(8, 16), torch.randn(3, 16, 24), torch.randn(3, 12, 16), torch.rand(8)
+
+    def own(*inputs: Tensor) -> Tensor:
+        return ops._Experts.apply(*inputs, counts.cumsum(0).to(torch.int32))
+
+    def plain(*inputs: Tensor) -> Tensor:
+        return ops.expert_mlps_reference(*inputs, counts)
+
+    torch.testing.assert_close(
+        with_gradients(own, *inputs), with_gradients(plain, *inputs), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_weights_in_expert_order_and_their_gradient() -> None:
+    weights = torch.rand(6, 2, dtype=F64)
+    order = torch.randperm(12)
+    inverse = order.argsort()
+    got = with_gradients(lambda w: ops.sorted_weights(w, order, inverse), weights)
+    wanted = with_gradients(lambda w: w.flatten()[order], weights)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
