@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import load_file
 
 from open_mythos import cli
-from open_mythos.training import checkpoint, trainer  # noqa: F401 (loaded once, before the forks)
+from open_mythos.training import manifest, trainer  # noqa: F401 (loaded once, before the forks)
 from open_mythos.training.checkpoint import CheckpointError, find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,10 +92,10 @@ class Trial:
         torch.optim.AdamW([torch.zeros(1)])  # loads torch's compiler, which takes longer than a toy run
 
     def start(self, out: Path, *overrides: str) -> int:
-        """``mythos train``, resuming if there is a checkpoint; the process's id."""
+        """``mythos train``, resuming if there is a run already; the process's id."""
         args = ["train", str(ROOT / "configs" / "smoke.toml"), *self.config, *overrides]
         args += ["--out", str(out), "--quiet"]
-        args += ["--resume" if steps_on_disk(out) else "--overwrite"]
+        args += ["--resume"] if (out / "run.json").exists() else []
         process = os.fork()
         if process:
             return process
@@ -119,10 +119,10 @@ class Trial:
         code = wait(self.start(out, f"checkpoint.keep={STEPS}"), LONGEST)
         if code != 0:
             raise SystemExit(f"the run without kills ended with {code}: {log_of(out)}")
-        found = [checkpoint._verify(path, checkpoint._Ranks()) for path in steps_on_disk(out)]
+        held = {manifest.number(path): path for path in steps_on_disk(out)}
         return Reference(
-            {one.step: tensors(one.path) for one in found},
-            {one.step: timeless(one.meta) for one in found},
+            {step: tensors(path) for step, path in held.items()},
+            {step: timeless(json.loads((path / "state.json").read_text())) for step, path in held.items()},
             rows(out),
             load_file(out / "model" / "model.safetensors"),
             time.monotonic() - began,
@@ -136,7 +136,7 @@ def kill_one(trial: Trial, out: Path, reference: Reference, chance: random.Rando
     after some step, or a little after some step, or, once in ten, while the process starts.
     """
     held = steps_on_disk(out)
-    done = checkpoint._number(held[0]) if held else 0
+    done = manifest.number(held[0]) if held else 0
     overrides = [f"checkpoint.asynchronous={str(chance.random() < 0.5).lower()}"]
     process = trial.start(out, *overrides)
     tally.resumes += bool(held)
@@ -256,7 +256,7 @@ def hidden(folder: Path) -> list[Path]:
 
 
 def steps_on_disk(out: Path) -> list[Path]:
-    return checkpoint._steps(out / "checkpoints")
+    return manifest.steps(out / "checkpoints")
 
 
 def tensors(path: Path) -> dict[str, str]:

@@ -8,11 +8,9 @@ size and SHA-256 of every file, and of itself. Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,6 +30,16 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from open_mythos.config import ConfigError, MythosConfig
+from open_mythos.training.manifest import (
+    FORMAT,
+    entry,
+    is_step,
+    number,
+    read_manifest,
+    steps,
+    sync,
+    write_manifest,
+)
 from open_mythos.training.state import (
     CheckpointError,
     Saved,
@@ -53,9 +61,8 @@ __all__ = [
     "write_json",
 ]
 
-FORMAT = 2
-MANIFEST, STATE = "manifest.json", "state.json"
-_STEP = re.compile(r"step-(\d{9,})")
+STATE = "state.json"
+_META = {"format", "world_size", "counters", "data", "config"}
 _HIDDEN = (".saving-", ".removing-")
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -209,7 +216,7 @@ class Checkpointer:
             ranks.each(trouble, partial(_begin, hidden, self._at is None), only_first=True)
             ranks.each(trouble, partial(_store, hidden, tensors, ranks))
             files = ranks.each(trouble, partial(_settle, hidden, f"shard-{ranks.rank + 1:05d}-"))
-            listed = {name: entry for part in files for name, entry in part.items()}
+            listed = dict(named for part in files for named in part.items())
             ranks.each(trouble, partial(_commit, hidden, step, listed, meta), only_first=True)
         except CheckpointError:
             if ranks.rank == 0:  # room for the next attempt; what stays is removed when the run starts again
@@ -220,13 +227,17 @@ class Checkpointer:
         self._at = step
 
 
-def find_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+def find_checkpoint(folder: str | os.PathLike[str], *, tensors: bool = True) -> Checkpoint:
     """:meth:`Checkpointer.latest` for one process alone, which writes nothing.
+
+    Args:
+        folder: holds the checkpoints.
+        tensors: False only wants the config and counters, and hashes no tensors: soon done at any size.
 
     Raises:
         CheckpointError: there is no good checkpoint.
     """
-    return _latest(Path(folder), _Ranks())
+    return _latest(Path(folder), _Ranks(), tensors)
 
 
 def export_checkpoint(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Checkpoint:
@@ -243,7 +254,7 @@ def export_checkpoint(source: str | os.PathLike[str], directory: str | os.PathLi
         CheckpointError: there is none, or it is damaged.
     """
     path = Path(source)
-    found = _verify(path, _Ranks()) if _STEP.fullmatch(path.name) else find_checkpoint(path)
+    found = _verify(path, _Ranks()) if is_step(path) else find_checkpoint(path)
     model = skeleton(MythosConfig.from_dict(found.meta["config"]["model"]))
     room = {
         name: torch.empty(shape, dtype=dtype)
@@ -260,7 +271,7 @@ def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by this value in one step; a reader sees the old file or the new one, whole."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(part)
+    sync(part)
     os.replace(part, path)
 
 
@@ -320,7 +331,7 @@ def _reason(error: BaseException) -> str:
 
 def _begin(hidden: Path, fresh: bool) -> None:
     """A hidden folder to write to."""
-    if fresh and (held := _steps(hidden.parent)):
+    if fresh and (held := steps(hidden.parent)):
         raise CheckpointError(
             f"{held[0].name} is there already, of a run that was not loaded; clear the folder"
         )
@@ -339,30 +350,29 @@ def _settle(hidden: Path, prefix: str) -> dict[str, dict[str, Any]]:
     """Name → size and hash of this rank's files, once they are on disk."""
     entries = {}
     for path in sorted(hidden.glob(f"{prefix}*")):
-        _sync(path)
-        entries[path.name] = _entry(path)
+        sync(path)
+        entries[path.name] = entry(path)
     return entries
 
 
 def _commit(hidden: Path, step: int, files: dict[str, dict[str, Any]], meta: Mapping[str, Any]) -> None:
     """State, manifest, and the name that says that all is there."""
     (hidden / STATE).write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(hidden / STATE)
-    files = {**files, STATE: _entry(hidden / STATE)}
-    (hidden / MANIFEST).write_bytes(_manifest({"format": FORMAT, "step": step, "files": files}))
-    _sync(hidden / MANIFEST)
-    _sync(hidden)
+    sync(hidden / STATE)
+    files = {**files, STATE: entry(hidden / STATE)}
+    write_manifest(hidden, step, files)
+    sync(hidden)
     final = hidden.with_name(hidden.name.removeprefix(".saving-"))
     if final.exists():  # damaged: the run went back to before it
         _remove(final)
     os.rename(hidden, final)
-    _sync(hidden.parent)
+    sync(hidden.parent)
 
 
 def _retain(folder: Path, step: int, keep: int) -> None:
-    held = _steps(folder)
-    past = [path for path in held if _number(path) <= step]
-    for path in [*(path for path in held if _number(path) > step), *past[keep:]]:
+    held = steps(folder)
+    past = [path for path in held if number(path) <= step]
+    for path in [*(path for path in held if number(path) > step), *past[keep:]]:
         _remove(path)
 
 
@@ -381,11 +391,11 @@ def _clean(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def _latest(folder: Path, ranks: _Ranks) -> Checkpoint:
+def _latest(folder: Path, ranks: _Ranks, tensors: bool = True) -> Checkpoint:
     complaints = []
-    for path in _steps(folder):
+    for path in steps(folder):
         try:
-            return _verify(path, ranks)
+            return _verify(path, ranks, tensors)
         except CheckpointError as error:
             complaints.append(str(error))
             _log.warning("%s; going back to the checkpoint before it", error)
@@ -394,64 +404,25 @@ def _latest(folder: Path, ranks: _Ranks) -> Checkpoint:
     raise CheckpointError(f"{folder} holds no good checkpoint: {'; '.join(complaints)}")
 
 
-def _verify(path: Path, ranks: _Ranks) -> Checkpoint:
+def _verify(path: Path, ranks: _Ranks, tensors: bool = True) -> Checkpoint:
     """The checkpoint, if every file is what the manifest says. Each rank reads its share of the files."""
     reason, meta = "", {}
     try:
-        files = _read_manifest(path)
-        for name in sorted(files)[ranks.rank :: ranks.size]:
-            if _entry(path / name) != files[name]:
+        files = read_manifest(path)
+        for name in sorted(files)[ranks.rank :: ranks.size] if tensors else [STATE]:
+            if entry(path / name) != files[name]:
                 raise CheckpointError(f"{path / name} is damaged: it is not what was written")
         meta = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT or set(meta) != _META:
+            raise CheckpointError(f"{path / STATE} is of another version of this library")
     except CheckpointError as error:
         reason = str(error)
-    except (OSError, ValueError) as error:
-        reason = f"{path} cannot be read: {error}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{path} cannot be read: {_reason(error)}"
     reasons = [other for other in ranks.gather(reason) if other]
     if reasons:
         raise CheckpointError(reasons[0])
-    if meta["format"] != FORMAT:
-        raise CheckpointError(f"{path / STATE} has format {meta['format']!r}; this version reads {FORMAT}")
-    return Checkpoint(path, _number(path), meta)
-
-
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Name → size and hash, the manifest's own hash and the list of files checked."""
-    try:
-        text = (path / MANIFEST).read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path / MANIFEST} is missing") from error
-    try:
-        held = json.loads(text)
-        body = {key: held[key] for key in ("format", "step", "files")}
-        intact = _manifest(body) == text
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact or body["step"] != _number(path):
-        raise CheckpointError(f"{path / MANIFEST} is damaged: it is not what was written")
-    files: dict[str, dict[str, Any]] = body["files"]
-    there = {entry.name for entry in os.scandir(path)} - {MANIFEST}
-    for name in sorted(there ^ set(files)):
-        state = "is missing" if name in files else "does not belong to the checkpoint"
-        raise CheckpointError(f"{path / name} {state}")
-    return files
-
-
-def _manifest(body: Mapping[str, Any]) -> bytes:
-    """The only bytes that say this, the hash of the rest among them."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    """Size and hash of a file; a link is nothing that we wrote."""
-    if path.is_symlink() or not path.is_file():
-        raise CheckpointError(f"{path} is damaged: it is no plain file")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+    return Checkpoint(path, number(path), meta)
 
 
 def _contents(path: Path) -> Saved:
@@ -476,22 +447,3 @@ def _read(path: Path, room: dict[str, Tensor], ranks: _Ranks) -> None:
 def _expect_one_process() -> None:
     """DCP warns when there is no process group, and that is how one process saves."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-
-
-def _steps(folder: Path) -> list[Path]:
-    """Checkpoints by name, the newest first."""
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=_number, reverse=True)
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _sync(path: Path) -> None:
-    """Have the bytes of a file, or the names in a folder, on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -44,7 +44,7 @@ def find_run(out: Path) -> tuple[dict[str, Any], bool]:
             return json.loads((out / "run.json").read_text(encoding="utf-8"))["config"], False
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{out / 'run.json'} is damaged: {error}") from error
-    return find_checkpoint(checkpoints).meta["config"], True
+    return find_checkpoint(checkpoints, tensors=False).meta["config"], True
 
 
 def restarted(out: Path) -> bool:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from open_mythos.config import ConfigError
-from open_mythos.training import checkpoint, trainer
+from open_mythos.training import checkpoint, manifest, trainer
 from open_mythos.training.checkpoint import Checkpointer, CheckpointError, export_checkpoint, find_checkpoint
 from open_mythos.training.config import RunConfig, load_config
 from open_mythos.training.state import TrainState, counters, gather_model, state_tensors
@@ -278,9 +278,8 @@ def _refit(change: Any) -> Any:
         change(held)
         offsets = {name: {"saved_offsets": [0] * value.dim()} for name, value in held.items()}
         save_file(held, shard, metadata={"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
-        files = {name: checkpoint._entry(folder / name) for name in (shard.name, "state.json")}
-        body = {"format": checkpoint.FORMAT, "step": 2, "files": files}
-        (folder / "manifest.json").write_bytes(checkpoint._manifest(body))
+        files = {name: manifest.entry(folder / name) for name in (shard.name, "state.json")}
+        manifest.write_manifest(folder, 2, files)
 
     return apply
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from open_mythos.training import checkpoint
+from open_mythos.training import checkpoint, manifest
 from open_mythos.training.checkpoint import Checkpointer, CheckpointError, export_checkpoint, find_checkpoint
 from open_mythos.training.config import RunConfig, load_config
 from open_mythos.training.state import TrainState, state_tensors
@@ -133,6 +133,31 @@ def test_every_byte_of_the_manifest_counts(folder: Path):
         assert find_checkpoint(folder).step == 1, place
     manifest.write_bytes(json.dumps(json.loads(whole)).encode())
     assert find_checkpoint(folder).step == 1
+
+
+def test_the_config_is_found_without_reading_tensors(folder: Path):
+    (shard,) = (folder / NEW).glob("*.safetensors")
+    before = shard.read_bytes()
+    flip(shard, random.Random(0))
+    assert find_checkpoint(folder, tensors=False).step == 2
+    assert find_checkpoint(folder).step == 1
+    shard.write_bytes(before[:-1])
+    assert find_checkpoint(folder, tensors=False).step == 1
+    shard.write_bytes(before)
+    flip(folder / NEW / "state.json", random.Random(0))
+    assert find_checkpoint(folder, tensors=False).step == 1
+
+
+def test_a_checkpoint_of_another_version_is_refused(folder: Path):
+    state = folder / NEW / "state.json"
+    for change in ({"format": 1}, {"more": 1}):
+        state.write_text(json.dumps({**json.loads(state.read_text()), **change}))
+        names = [path.name for path in (folder / NEW).iterdir() if path.name != "manifest.json"]
+        manifest.write_manifest(
+            folder / NEW, 2, {name: manifest.entry(folder / NEW / name) for name in names}
+        )
+        with pytest.raises(CheckpointError, match="is of another version of this library"):
+            export_checkpoint(folder / NEW, folder / "out")
 
 
 def test_without_a_good_checkpoint_all_that_is_wrong_is_told(
