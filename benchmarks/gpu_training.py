@@ -12,6 +12,7 @@ everything in one process, turn by turn. The release runs under autocast as its 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos import MythosConfig, OpenMythos
+from open_mythos import MythosConfig, OpenMythos, mythos_1b
 from open_mythos.accounting import flops_per_token
 from open_mythos.model.attention import GQAttention, MLAttention, SequenceContext
 from open_mythos.model.layers import Expert, RMSNorm, rope_table
@@ -62,14 +63,18 @@ class Bench:
         shape = (batch or self.batch, (length or self.length) + 1)
         return torch.randint(0, self.config["vocab_size"], shape, device=self.device)
 
-    def time(self, step: Callable[[], Any]) -> dict[str, float]:
-        """Median milliseconds of a step, its spread, and peak memory."""
+    def time(self, build: Callable[[], Callable[[], Any]]) -> dict[str, float]:
+        """Median milliseconds of a step, its spread, and the peak of the memory reserved for it from the start."""
+        if not self.toy:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        step = build()
         for _ in range(self.warm):
             step()
         if self.toy:
             return {"ms": 1.0, "low": 1.0, "high": 1.0, "gb": 0.0}
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
         times = []
         for _ in range(self.repeats):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -78,7 +83,8 @@ class Bench:
             events[1].record()
             torch.cuda.synchronize()
             times.append(events[0].elapsed_time(events[1]))
-        peak = torch.cuda.max_memory_allocated() / 1e9
+        # Reserved, not allocated: what a captured graph holds counts only so.
+        peak = torch.cuda.max_memory_reserved() / 1e9
         return {"ms": statistics.median(times), "low": min(times), "high": max(times), "gb": peak}
 
 
@@ -208,7 +214,7 @@ def profile(bench: Bench, attn_type: str, rows: int = 45) -> None:
     from torch.profiler import profile as record
 
     step = our_step(bench, attn_type=attn_type)
-    figures = bench.time(step)
+    figures = bench.time(lambda: step)
     print({k: round(v, 2) for k, v in figures.items()}, "loss", float(step()))
     activities = [ProfilerActivity.CPU, *([] if bench.toy else [ProfilerActivity.CUDA])]
     with record(activities=activities) as trace:
@@ -232,12 +238,55 @@ def profile(bench: Bench, attn_type: str, rows: int = 45) -> None:
         print(f"{ms:8.3f} ms {count:6.0f} x  {name[:150]}")
 
 
+def limits(bench: Bench) -> dict[str, Any]:
+    """A large model, many experts, many loops, a long sequence."""
+    report: dict[str, Any] = {}
+
+    def note(name: str, build: Callable[[], Callable[[], Tensor]], tokens: int, flops: float = 0.0) -> None:
+        began = time.perf_counter()
+        try:
+            figures: dict[str, Any] = bench.time(build)
+            figures["tokens_per_s"] = round(tokens / figures["ms"] * 1e3)
+            if flops:
+                figures["tflops"] = round(figures["tokens_per_s"] * flops / 1e12, 1)
+        except Exception as error:
+            figures = {"error": f"{type(error).__name__}: {error}"[:400]}
+        report[name] = figures
+        print(name, figures, f"in {time.perf_counter() - began:.0f} s", flush=True)
+
+    tokens = bench.batch * bench.length
+    for count, active in ((16, 4), (100, 8), (100, 16)):
+        changes = {"n_experts": count, "n_experts_per_tok": active, "attn_type": "mla"}
+        width = bench.config["expert_dim"] * bench.config["n_experts_per_tok"] // active
+        changes["expert_dim"] = width
+        note(f"experts_{count}_active_{active}", lambda c=changes: our_step(bench, **c), tokens)
+    for free, grad in ((0, 8), (248, 8)):
+        plan = LoopPlan(free, grad) if not bench.toy else LoopPlan(free // 50, grad)
+        note(f"loops_{free + grad}", lambda p=plan: our_step(bench, plan=p, attn_type="mla"), tokens)
+    large = mythos_1b() if not bench.toy else MythosConfig(**bench.config)
+    length, batch = (4096, 2) if not bench.toy else (32, 2)
+    flops = 3 * flops_per_token(large, large.max_loop_iters, context=(length + 1) // 2)
+    plan = LoopPlan(0, large.max_loop_iters)
+    build = lambda: our_step(bench, plan=plan, shape=(batch, length), **large.to_dict())  # noqa: E731
+    note("mythos_1b", build, batch * length, flops)
+    long = 131072 if not bench.toy else 48
+    bench.repeats, bench.warm = 1, 1
+    changes = {"max_seq_len": long, "attn_type": "mla"}
+    note(
+        "sequence_131072",
+        lambda: our_step(bench, recompute="loop", capture=False, shape=(1, long), **changes),
+        long,
+    )
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--upstream", help="folder that holds the release's open_mythos/")
     parser.add_argument("--out", help="JSON file for the figures")
+    parser.add_argument("--limits", action="store_true", help="a large model, many experts, loops and tokens")
     parser.add_argument("--profile", choices=["mla", "gqa"], help="only print where the time goes")
     parser.add_argument("--toy", action="store_true", help="toy size on the CPU, to try the script")
     arguments = parser.parse_args()
@@ -251,8 +300,12 @@ def main() -> None:
     report["command"] = " ".join(["python", "benchmarks/gpu_training.py", *sys.argv[1:]])
     if not bench.toy:
         report["gpu"], report["matmul_tflops"] = torch.cuda.get_device_name(), round(ceiling(), 1)
-    for attn_type in ("mla", "gqa"):
-        flops = 3 * flops_per_token(MythosConfig(**bench.config, attn_type=attn_type), LOOPS)
+    if arguments.limits:
+        report |= limits(bench)
+    for attn_type in () if arguments.limits else ("mla", "gqa"):
+        flops = 3 * flops_per_token(
+            MythosConfig(**bench.config, attn_type=attn_type), LOOPS, context=(bench.length + 1) // 2
+        )
         sides: dict[str, Callable[[], Callable[[], Tensor]]] = {
             "ours": lambda a=attn_type: our_step(bench, attn_type=a),
             "dense": lambda a=attn_type: dense_step(bench, attn_type=a),
@@ -264,15 +317,12 @@ def main() -> None:
         for side, build in sides.items():
             began = time.perf_counter()
             try:
-                figures: dict[str, Any] = bench.time(step := build())
+                figures: dict[str, Any] = bench.time(build)
                 figures["tokens_per_s"] = round(tokens / figures["ms"] * 1e3)
                 figures["tflops"] = round(figures["tokens_per_s"] * flops / 1e12, 1)
-                del step
             except Exception as error:
                 figures = {"error": f"{type(error).__name__}: {error}"[:400]}
             report[f"{attn_type}_{side}"] = figures
-            if not bench.toy:
-                torch.cuda.empty_cache()
             print(attn_type, side, figures, f"in {time.perf_counter() - began:.0f} s", flush=True)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(report, indent=2) + "\n")
