@@ -13,25 +13,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Variable
+from torch.utils.weak import TensorWeakRef
 
 from open_mythos import kernels
 from open_mythos.kernels import fit
 
-__all__ = ["attends", "causal_attention", "fit", "gate", "gather_sum", "keys", "rms_norm", "turn_heads"]
+__all__ = [
+    "attends",
+    "causal_attention",
+    "fit",
+    "gate",
+    "gather_sum",
+    "grouped_linear",
+    "keys",
+    "rms_norm",
+    "turn_heads",
+]
 
 
 def _plainly(operators: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Any:
     """Gradients that can be differentiated again: those of PyTorch's operators on the same inputs."""
-    needed = [x for x in inputs if x.requires_grad]  # never empty: backward would not have been called
     with torch.enable_grad():
-        out = operators(*inputs)
+        # Aliases: an input that was computed from another one must not be differentiated through that.
+        aliases = tuple(x.view_as(x) for x in inputs)
+        out = operators(*aliases)
         outs = out if isinstance(out, tuple) else (out,)
+        needed = [x for x in aliases if x.requires_grad]  # never empty: backward would not have been called
         found = iter(torch.autograd.grad(outs, needed, grads, create_graph=True, allow_unused=True))
-    return tuple(next(found) if x.requires_grad else None for x in inputs)
+    return tuple(next(found) if x.requires_grad else None for x in aliases)
 
 
 class _Norm(torch.autograd.Function):
@@ -229,3 +244,102 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     As in arXiv 2307.08691, only the logarithm of each row's sum is kept for the way back.
     """
     return _Causal.apply(q, k, v, scale)
+
+
+class _Tally:
+    """The gradient of a weight that one graph uses many times, summed in place in each backward pass."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, like: Tensor, x: Tensor, grad: Tensor, counts: list[int]) -> None:
+        """Add x[block e]ᵀ grad[block e] to the sum's matrix e; what nobody fetches goes with the pass."""
+        task = torch._C._current_graph_task_id()
+        total = self.sums.get(task)
+        blocks = zip(x.split(counts), grad.split(counts), strict=True)
+        if total is not None:
+            for out, (left, right) in zip(total.unbind(), blocks, strict=True):
+                out.addmm_(left.t(), right)
+            return
+        total = self.sums[task] = torch.empty_like(like)
+        Variable._execution_engine.queue_callback(lambda: self.sums.pop(task, None))  # type: ignore[attr-defined,arg-type]
+        for out, (left, right) in zip(total.unbind(), blocks, strict=True):
+            torch.mm(left.t(), right, out=out)
+
+
+class _Shared(torch.autograd.Function):
+    """The weight itself. Its backward runs once, after those of all uses, and hands over what they tallied."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tally: _Tally) -> Tensor:
+        ctx.tally = tally
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        total = ctx.tally.sums.pop(torch._C._current_graph_task_id(), None)
+        if total is None or grad is None:
+            return grad if total is None else total, None
+        return total + grad, None
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, tally: _Tally) -> Tensor:
+        offsets = counts.cumsum(0).to(torch.int32)
+        ctx.save_for_backward(x, weight, counts, offsets)
+        ctx.tally = tally
+        return F.grouped_mm(x, weight, offs=offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, counts, offsets = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def operators(x: Tensor, weight: Tensor) -> Tensor:
+                blocks = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
+                return torch.cat([block @ w for block, w in blocks])
+
+            return (*_plainly(operators, (x, weight), (grad,)), None, None)
+        grad = grad.contiguous()
+        ctx.tally.add(weight, x, grad, counts.tolist())
+        dx = F.grouped_mm(grad, weight.transpose(1, 2), offs=offsets) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None
+
+
+# By the weight's id: the weight, what stands for it in a living graph, and its tally. Nothing here keeps them alive.
+_uses: dict[int, tuple[Any, TensorWeakRef, _Tally]] = {}
+
+
+def _stand_in(weight: Tensor) -> tuple[Tensor, _Tally]:
+    """What the uses of a weight share as long as a graph with one of them lives."""
+    owner, view, tally = _uses.get(id(weight), (None, None, None))
+    shared = None if view is None else view()
+    if owner is not None and owner() is weight and shared is not None and tally is not None:
+        same = shared.data_ptr() == weight.data_ptr() and shared.shape == weight.shape
+        if same and shared.requires_grad:
+            return shared, tally
+    tally = _Tally()
+    shared = _Shared.apply(weight, tally)
+    key = id(weight)
+    _uses[key] = (ref(weight, lambda _: _uses.pop(key, None)), TensorWeakRef(shared), tally)
+    return shared, tally
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Row block e of x times weight[e], for a weight that is used in every loop.
+
+    Its gradient is the size of the weight, and each use would make one only to have it added to the last:
+    here the matrix products of all uses add to one. Each use's own share cannot be seen by hooks.
+
+    Args:
+        x: (N, D), rows sorted by expert.
+        weight: (E, D, F), a leaf that needs a gradient.
+        counts: (E,) rows of each expert.
+
+    Returns:
+        (N, F).
+    """
+    shared, tally = _stand_in(weight)
+    return _Grouped.apply(x, shared, counts, tally)

@@ -151,6 +151,17 @@ def test_gradients_of_gradients_are_those_of_the_reference(case: str) -> None:
         assert float((actual.double() - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+def test_a_second_gradient_where_one_input_was_made_from_another() -> None:
+    weight = (1 + torch.rand(16)).requires_grad_()
+
+    def penalty(norm: Callable[..., Tensor]) -> Tensor:
+        x = norm(torch.linspace(-1, 2, 64).view(4, 16), weight, 1e-6)
+        (first,) = torch.autograd.grad(norm(x.sin(), weight, 1e-6).pow(3).sum(), weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), weight)[0]
+
+    torch.testing.assert_close(penalty(ops.rms_norm), penalty(ops.rms_norm_reference), rtol=1e-3, atol=1e-2)
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     x, weight = torch.randn(4, 8), torch.randn(8, requires_grad=True)
     fused.rms_norm(x, weight, 1e-6).sum().backward()
@@ -284,3 +295,97 @@ def test_compiling_sees_operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compile(lambda x: ops.gate(ops.rms_norm(x, weight, 1e-6)), backend=backend, fullgraph=True)(x)
     assert names == []
     assert any("silu" in name for name in seen)
+
+
+def many_uses(weight: Tensor, x: Tensor, counts: Tensor, times: int = 3) -> Tensor:
+    for _ in range(times):
+        x = x + ops.grouped_linear(x, weight, counts).tanh()
+    return x
+
+
+def uses_by_the_reference(weight: Tensor, x: Tensor, counts: Tensor, times: int = 3) -> Tensor:
+    for _ in range(times):
+        x = x + ops.grouped_linear_reference(x, weight, counts).tanh()
+    return x
+
+
+@pytest.fixture
+def used() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(5)
+    weight = nn.Parameter(torch.randn(4, 8, 8) / 3)
+    return weight, torch.randn(9, 8, requires_grad=True), torch.tensor([2, 0, 6, 1])
+
+
+def near(actual: Tensor | None, expected: Tensor | None) -> None:
+    assert actual is not None
+    assert expected is not None
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_of_many_uses_gets_the_sum_of_their_gradients(used: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, x, _counts = used
+    wanted = torch.autograd.grad(uses_by_the_reference(*used).square().sum(), (weight, x))
+    loss = many_uses(*used).square().sum()
+    for _ in range(2):  # the second pass starts from nothing again
+        for found, expected in zip(
+            torch.autograd.grad(loss, (weight, x), retain_graph=True), wanted, strict=True
+        ):
+            near(found, expected)
+    loss.backward()
+    near(weight.grad, wanted[0])
+
+
+def test_a_pass_that_stops_before_the_weight_leaves_nothing_behind(
+    used: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    weight, x, _counts = used
+    wanted = torch.autograd.grad(uses_by_the_reference(*used).sum(), (weight, x))
+    loss = many_uses(*used).sum()
+    (found,) = torch.autograd.grad(loss, x, retain_graph=True)
+    near(found, wanted[1])
+    assert all(not tally.sums for _, _, tally in fused._uses.values())
+    loss.backward()
+    near(weight.grad, wanted[0])
+
+
+def test_two_losses_of_one_weight_stay_apart(used: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, x, counts = used
+    first, second = many_uses(*used).sum(), many_uses(weight, 2 * x, counts).square().sum()
+    one = torch.autograd.grad(uses_by_the_reference(*used).sum(), weight)[0]
+    two = torch.autograd.grad(uses_by_the_reference(weight, 2 * x, counts).square().sum(), weight)[0]
+    second.backward()
+    near(weight.grad, two)
+    first.backward()
+    near(weight.grad, one + two)
+
+
+def test_a_weight_whose_memory_was_changed_is_read_anew(used: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, _x, _counts = used
+    held = many_uses(*used)  # its graph lives on
+    weight.data = torch.randn(4, 8, 8)
+    near(many_uses(*used), uses_by_the_reference(*used))
+    assert held.grad_fn is not None
+
+
+def test_hooks_see_one_gradient_and_a_second_gradient_is_right(used: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, _x, _counts = used
+    seen: list[Tensor] = []
+    weight.register_hook(seen.append)
+    many_uses(*used).sum().backward()
+    assert len(seen) == 1
+    near(seen[0], weight.grad)
+
+    def penalty(function: Callable[..., Tensor]) -> Tensor:
+        (first,) = torch.autograd.grad(function(*used).square().sum(), weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), weight)[0]
+
+    near(penalty(many_uses) / 100, penalty(uses_by_the_reference) / 100)
+
+
+def test_nothing_keeps_a_weight_alive() -> None:
+    before = len(fused._uses)
+    weight = nn.Parameter(torch.randn(4, 8, 8))
+    many_uses(weight, torch.randn(9, 8), torch.tensor([2, 0, 6, 1])).sum().backward()
+    assert len(fused._uses) == before + 1
+    del weight
+    assert len(fused._uses) == before
