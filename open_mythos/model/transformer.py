@@ -169,9 +169,7 @@ class OpenMythos(nn.Module):
         slot = "" if ctx.cache is None else ctx.cache.policy.slot(int(t))
         return self.recurrent(h, e, t, ctx, slot)
 
-    def coda(
-        self, h: Tensor, ctx: SequenceContext | None = None, logits_at: Tensor | None = None
-    ) -> Tensor:
+    def coda(self, h: Tensor, ctx: SequenceContext | None = None, logits_at: Tensor | None = None) -> Tensor:
         """State (B, S, D) → logits (B, S, V), or (B, 1, V) at one column of each row, (B,)."""
         features = self.features(h, ctx)
         return self.head(features if logits_at is None else _rows(features, logits_at))
@@ -233,9 +231,10 @@ class OpenMythos(nn.Module):
         losses = [self.recurrent.halting_loss(state, states[-1]) for state in states]
         begun = [_begun(t, torch.ones_like(loss)) for t, loss in zip(loops, losses, strict=True)]
         begun[-1] = torch.zeros_like(begun[-1])
-        count = torch.stack(begun).sum().clamp(min=1)
-        total = (torch.stack(losses) * torch.stack(begun)).sum()
-        return attach_loss(h, total / count)
+        # A mean over each sequence's own loops, so that a sequence learns alike in whatever batch it is.
+        count = torch.stack(begun).sum(0).clamp(min=1)
+        total = (torch.stack(losses) * torch.stack(begun)).sum(0)
+        return attach_loss(h, (total / count).mean())
 
     def forward(
         self,

@@ -121,6 +121,9 @@ class Objective(nn.Module):
         return linear_cross_entropy(x, model.head.weight, wanted, divisor, IGNORE_INDEX, self.rows)
 
     def _think(self, ctx: SequenceContext, e: Tensor, h: Tensor, indices: Sequence[Tensor]) -> Tensor:
+        if self.model.cfg.initial_state == "prelude" and indices[0].dim():
+            # The state of a sequence that has not begun is e, which carries a gradient.
+            h = torch.where((indices[0] <= 0).view(-1, 1, 1), e, h)
         if torch.is_grad_enabled() and not h.requires_grad:
             # So that to a compiler the first of these loops is like the others.
             h = h.detach().requires_grad_()
