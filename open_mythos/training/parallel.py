@@ -125,8 +125,14 @@ def init_world(device: str = "auto", replicas: int = 1, timeout: float = 600.0) 
     if size == 1:
         return World(0, local_rank, 1, place, None)
     if not dist.is_initialized():
+        # What torchrun restarts finds the store of the first attempt, with the addresses of the dead in it.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=timeout),
             device_id=place if kind == "cuda" else None,
         )
