@@ -262,7 +262,7 @@ class _Tally:
                 out.addmm_(left.t(), right)
             return
         total = self.sums[task] = torch.empty_like(like)
-        Variable._execution_engine.queue_callback(lambda: self.sums.pop(task, None))  # type: ignore[attr-defined,arg-type]
+        Variable._execution_engine.queue_callback(lambda: self.sums.pop(task, None))  # type: ignore[arg-type]
         for out, (left, right) in zip(total.unbind(), blocks, strict=True):
             torch.mm(left.t(), right, out=out)
 
