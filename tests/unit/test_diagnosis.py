@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from open_mythos.config import ConfigError
 from open_mythos.training.diagnosis import Diagnosis
 from open_mythos.training.logconfig import LogConfig
 
@@ -162,3 +163,24 @@ def test_a_long_account_names_the_first_eight():
     assert text.endswith(" and 3 more")
     assert "at loop 8 at step 9" in text
     assert "loop 9" not in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("peak_tflops", "fast", "'auto', 'measured' or a number above 0"),
+        ("peak_tflops", 0, "a number above 0"),
+        ("monitor_every", -1, "a whole number of at least 0"),
+        ("window", 19, "a whole number of at least 20"),
+        ("patience", 1.5, "a whole number of at least 0"),
+        ("loss_rise", 0, "a number above 0"),
+        ("grad_factor", 1.0, "a number above 1"),
+        ("correlation", 1.5, "a number of at least 0 and at most 1"),
+        ("online", 1, "True or False"),
+        ("project", "", "a name"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(field: str, value: object, allowed: str):
+    with pytest.raises(ConfigError) as caught:
+        LogConfig(**{field: value})  # type: ignore[arg-type]
+    assert str(caught.value) == f"log.{field} = {value!r} is not allowed: it must be {allowed}"

@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +24,7 @@ from open_mythos.training.loops import LoopPlan
 from open_mythos.training.meter import train_flops
 from open_mythos.training.monitor import PARTS, Monitor, _balance, _measures, _Recorder, gradient_norms
 from open_mythos.training.objective import Objective
-from open_mythos.training.parallel import World, init_world, parallelize
+from open_mythos.training.parallel import World, parallelize
 
 SIZES: dict[str, Any] = {
     "vocab_size": 31, "dim": 24, "n_heads": 4, "n_kv_heads": 2, "attn_type": "gqa", "max_seq_len": 32,
@@ -440,73 +436,6 @@ def test_a_healthy_run_has_no_verdict():
     monitor, step = drive(lambda *_: None, 60, monitor_every=1, window=30, patience=5)
     assert step == 60
     assert monitor.verdict() is None
-
-
-# Several processes.
-
-
-def sharded(world: World, folder: Path) -> None:
-    """The rows of two ranks' halves, which the test compares with those of one process."""
-    model = build(initial_state="prelude")
-    objective = Objective(model)
-    parallelize(objective, world)
-    monitor = Monitor(run_config(train={"log_every": 2}, log={"monitor_every": 2}), model, world)
-    rows = []
-    for step in (1, 2):
-        model.zero_grad()
-        data = batch(step)
-        half = 4 // world.size
-        mine = {k: v[world.rank * half : (world.rank + 1) * half] for k, v in data.items()}
-        monitor.begin(step, read=step == 2)
-        with monitor.watching():
-            loss = objective(mine, LoopPlan(1, 2))
-        loss.backward()
-        monitor.passed(loss, LoopPlan(1, 2), 32, 8)
-        norms = gradient_norms(model, world)
-        total = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
-        total = total.full_tensor() if hasattr(total, "full_tensor") else total
-        torch.testing.assert_close(norms.norm(), total, rtol=1e-4, atol=1e-5)
-        rows.append(monitor.end(1e-3, norms))
-    (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(rows[-1]), encoding="utf-8")
-
-
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    world = init_world("cpu", timeout=60)
-    try:
-        sharded(world, Path(folder))
-    finally:
-        world.close()
-
-
-@pytest.mark.slow
-def test_two_processes_show_what_one_shows(tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    context = mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2, join=False)
-    deadline = time.monotonic() + 240
-    while not context.join(timeout=1.0):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the two processes did not finish within 240 s")
-    sharded(World(), tmp_path)
-    one, first, second = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
-    )
-    own = ("tokens_per_s", "memory", "memory_peak", "mfu")  # of each process's own clock and memory
-    for name in one.keys() - set(own):
-        assert first[name] == second[name], name
-        assert numbers(first[name]) == pytest.approx(numbers(one[name]), rel=1e-3, abs=1e-5), name
-
-
-def numbers(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else [value]
 
 
 def test_the_page_defines_every_key_of_a_record_and_every_limit():
