@@ -1,17 +1,15 @@
-"""Fused float32 CPU kernels for decoding: built by the C compiler on first use, kept per user, optional.
+"""Fused float32 CPU kernels: built by the C compiler on first use, kept per user, optional.
 
-A decode step reads every weight once for a handful of tokens, and eager PyTorch spends more time between its
-many small operators than in them. The entries here do a whole layer's work in one call. They serve up to 16
-tokens in float32 on the CPU without gradients; :mod:`open_mythos.ops` decides and has the reference beside
-each. The source is kernels.c. It is compiled with ``$CC`` or ``cc`` into ``$XDG_CACHE_HOME/open_mythos`` (or
-``~/.cache/open_mythos``) under a name made of source, flags, compiler, processor and OpenMP library, and uses
-the OpenMP library that torch has loaded, hence torch's threads. Where it cannot be built, :func:`status` says
-why and PyTorch's operators do the work. ``OPEN_MYTHOS_KERNELS=0`` switches it off.
+A decode step reads every weight once for a handful of tokens, and eager PyTorch spends more time between its many
+small operators than in them. :class:`Call` does a step of the whole model, from token ids to logits, in one call
+(kernels_decode.c), for up to 64 tokens without gradients; :mod:`open_mythos.model.decode` decides, and the modules are
+the reference. :mod:`open_mythos.fused` has those for training (kernels_train.c). The sources are compiled with
+``$CC`` or ``cc`` into ``$XDG_CACHE_HOME/open_mythos`` (or ``~/.cache/open_mythos``) under a name made of source,
+flags, compiler, processor and OpenMP library, and use the OpenMP library that torch has loaded, hence torch's
+threads. Where they cannot be built, :func:`status` says why and PyTorch's operators do the work.
+``OPEN_MYTHOS_KERNELS=0`` switches them off.
 
     python -m open_mythos.kernels        # build now, and say what there is
-
-Shape letters: N tokens, B batch, S new tokens (N = B·S), C context, D model width, E experts, F expert width,
-Fs shared width, k experts per token, H heads, R latent rank, P rope width, K nope width, V value width, Q query rank.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,17 +38,12 @@ __all__ = [
     "Slot",
     "Step",
     "disabled",
-    "latent_outputs",
-    "latent_queries",
-    "moe",
     "readable",
-    "rms_norm",
     "serves",
     "status",
-    "swiglu",
 ]
 
-MAX_TOKENS = 16
+MAX_TOKENS = 64
 """Beyond this many tokens the matrix products of PyTorch are the faster way."""
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -136,10 +130,6 @@ _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "om_room": [_P, _P],
     "om_step": [_P],
-    "om_rms_norm": [_P, _P, _F, _N, _N, _P],
-    "om_moe": [_P] * 7 + [_N] * 7 + [_P] * 5,
-    "om_latent_queries": [_P, _P, _P, _F, _P, _P, _P, _F, _P, _P] + [_N] * 12 + [_P] * 4,
-    "om_latent_outputs": [_P, _P, _N, _N, _P, _N, _N, _F, _P, _P] + [_N] * 10 + [_P] * 4,
     "om_norm": [_P, _P, _F, _N, _N, _N, _P, _P],
     "om_norm_back": [_P] * 4 + [_N] * 3 + [_P] * 3,
     "om_gate": [_P, _P, _N, _N, _N, _P],
@@ -159,7 +149,7 @@ def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
 
 
 class Layer(ctypes.Structure):
-    """Addresses of a transformer block's weights; kernels.c says what each is. What is left out is null."""
+    """Addresses of a transformer block's weights; kernels_decode.c says what each is. What is left out is null."""
 
     _fields_ = _fields(
         (_P, "attn_norm ffn_norm wo q_down q_up kv_down kv_norm kv_up wq wk wv q_norm k_norm"),
@@ -175,7 +165,7 @@ class Slot(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """Sizes and addresses of one step; kernels.c says what each is. What is left out is zero or null."""
+    """Sizes and addresses of one step; kernels_decode.c says what each is. What is left out is zero or null."""
 
     _fields_ = _fields(
         (_N, "threads N S C D H G K P R Q V E F k T L"),
@@ -275,196 +265,6 @@ def fit(*tensors: Tensor) -> bool:
 def _call(name: str, *arguments: Tensor | float | None) -> int:
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     return int(getattr(_library, name)(*values))
-
-
-def _fit(what: str, fits: bool) -> None:
-    """The C code trusts its sizes, so they are compared here."""
-    if not fits:
-        raise ValueError(f"{what}: the shapes do not fit each other")
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of the last axis: x / sqrt(mean(x²) + eps) · weight.
-
-    Args:
-        x: (…, D).
-        weight: (D,).
-        eps: ε.
-
-    Returns:
-        (…, D).
-    """
-    out = torch.empty_like(x)
-    width = x.shape[-1]
-    _fit("rms_norm", weight.shape == (width,))
-    _call("om_rms_norm", x, weight, eps, x.numel() // width, width, out)
-    return out
-
-
-def moe(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    gate_up: Tensor | None = None,
-    down: Tensor | None = None,
-) -> Tensor:
-    """Σ_i w_i · Expert_i(x) + Shared(x), SwiGLU experts; the weights of each are read once for all its tokens.
-
-    Args:
-        x: (N, D).
-        w_in: (E, D, 2F), gate and up side by side.
-        w_out: (E, F, D).
-        experts: (N, k) int64.
-        weights: (N, k).
-        gate_up: (2Fs, D), gate above up, or None without a shared expert.
-        down: (D, Fs), or None.
-
-    Returns:
-        (N, D).
-
-    Raises:
-        IndexError: an expert is not 0 to E - 1.
-    """
-    (n, width), (count, hidden, _), k = x.shape, w_out.shape, experts.shape[1]
-    side = 0 if down is None else down.shape[1]
-    _fit("moe", w_out.shape[2] == width and w_in.shape == (count, width, 2 * hidden))
-    _fit("moe", weights.shape == experts.shape and experts.shape[0] == n)
-    if gate_up is not None and down is not None:
-        _fit("moe", gate_up.shape == (2 * side, width) and down.shape[0] == width)
-    room = x.new_empty(n * (k * 2 * hidden + 2 * side))
-    sort = experts.new_empty(n * k + count + 1)
-    out = torch.empty_like(x)
-    at, at_sort = room.data_ptr(), sort.data_ptr()
-    wrong = _call(
-        *("om_moe", x, w_in, w_out, experts, weights, gate_up, down),
-        *(n, width, count, hidden, k, side, torch.get_num_threads()),
-        *(at, at + 4 * n * k * 2 * hidden, at_sort, at_sort + 8 * n * k, out),
-    )
-    if wrong:
-        raise IndexError(f"experts holds {experts.tolist()}: each must be 0 to {count - 1}")
-    return out
-
-
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate(x)) · up(x)).
-
-    Args:
-        x: (…, D).
-        gate_up: (2Fs, D), gate above up.
-        down: (D, Fs).
-
-    Returns:
-        (…, D).
-    """
-    out = torch.empty_like(x)
-    width, side = down.shape
-    _fit("swiglu", x.shape[-1] == width and gate_up.shape == (2 * side, width))
-    n = x.numel() // width
-    room = x.new_empty(n * 2 * side)
-    _call(
-        *("om_moe", x, None, None, None, None, gate_up, down),
-        *(n, width, 0, 0, 0, side, torch.get_num_threads(), None, room, None, None, out),
-    )
-    return out
-
-
-def latent_queries(
-    x: Tensor,
-    q_down: Tensor,
-    q_norm: Tensor,
-    q_eps: float,
-    q_up: Tensor,
-    kv_down: Tensor,
-    kv_norm: Tensor,
-    kv_eps: float,
-    kv_up: Tensor,
-    rope: Tensor,
-    n_heads: int,
-) -> tuple[Tensor, Tensor]:
-    """What MLA computes before it reads its cache: the latent to store, and queries that read such latents.
-
-    Args:
-        x: (B, S, D).
-        q_down: (Q, D).
-        q_norm: (Q,), and its ε.
-        q_eps: ε.
-        q_up: (H·(K + P), Q).
-        kv_down: (R + P, D).
-        kv_norm: (R,), and its ε.
-        kv_eps: ε.
-        kv_up: (H·(K + V), R).
-        rope: (2, B or 1, S, 1, P).
-        n_heads: H.
-
-    Returns:
-        Latent (B, S, R + P) and queries (B, S, H, R + P).
-    """
-    batch, new, width = x.shape
-    q_rank, rank, rope_dim, n = q_norm.shape[0], kv_norm.shape[0], rope.shape[-1], batch * new
-    nope = q_up.shape[0] // n_heads - rope_dim
-    value = kv_up.shape[0] // n_heads - nope
-    _fit(
-        "latent_queries",
-        q_down.shape == (q_rank, width) and q_up.shape == (n_heads * (nope + rope_dim), q_rank),
-    )
-    _fit("latent_queries", kv_down.shape == (rank + rope_dim, width) and value > 0 and nope >= 0)
-    _fit("latent_queries", kv_up.shape == (n_heads * (nope + value), rank))
-    _fit("latent_queries", rope.shape in ((2, batch, new, 1, rope_dim), (2, 1, new, 1, rope_dim)))
-    latent = x.new_empty(batch, new, rank + rope_dim)
-    queries = x.new_empty(batch, new, n_heads, rank + rope_dim)
-    room = x.new_empty(n * (2 * q_rank + rank + rope_dim + n_heads * (nope + rope_dim)))
-    at = room.data_ptr()
-    _call(
-        *("om_latent_queries", x, q_down, q_norm, q_eps, q_up, kv_down, kv_norm, kv_eps, kv_up, rope),
-        *(rope.stride(0), 0 if rope.shape[1] == 1 else rope.stride(1), new, n, width, q_rank, n_heads),
-        *(rank, rope_dim, nope, value, torch.get_num_threads()),
-        *(at, at + 4 * n * (2 * q_rank + rank + rope_dim), latent, queries),
-    )
-    return latent, queries
-
-
-def latent_outputs(
-    queries: Tensor, latent: Tensor, mask: Tensor | None, scale: float, kv_up: Tensor, wo: Tensor
-) -> Tensor:
-    """What MLA computes after it has read its cache: W_o W_uv softmax(scale · q latentᵀ) latent[:R].
-
-    Args:
-        queries: (B, S, H, R + P).
-        latent: (B, C, R + P); the last axis contiguous.
-        mask: bool (B or 1, 1, S, C), True where a query may look; or None.
-        scale: factor on the scores.
-        kv_up: (H·(K + V), R).
-        wo: (D, H·V).
-
-    Returns:
-        (B, S, D).
-    """
-    batch, new, heads, width = queries.shape
-    context, (out_width, values), rank, n = latent.shape[1], wo.shape, kv_up.shape[1], batch * new
-    value = values // heads
-    nope = kv_up.shape[0] // heads - value
-    _fit("latent_outputs", latent.shape == (batch, context, width) and latent.stride(2) == 1 and nope >= 0)
-    _fit(
-        "latent_outputs",
-        kv_up.shape[0] == heads * (nope + value) and values == heads * value and rank <= width,
-    )
-    if mask is not None:
-        _fit("latent_outputs", mask.shape in ((batch, 1, new, context), (1, 1, new, context)))
-    if mask is not None and mask.stride(-1) != 1:
-        mask = mask.contiguous()
-    mask_batch = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
-    out = queries.new_empty(batch, new, out_width)
-    room = queries.new_empty(n * heads * (context + rank + value))
-    at, at_mixed = room.data_ptr(), room.data_ptr() + 4 * n * heads * context
-    _call(
-        *("om_latent_outputs", queries, latent, latent.stride(0), latent.stride(1)),
-        *(mask, mask_batch, 0 if mask is None else mask.stride(2), scale, kv_up, wo),
-        *(n, new, context, out_width, heads, rank, width - rank, nope, value, torch.get_num_threads()),
-        *(at, at_mixed, at_mixed + 4 * n * heads * rank, out),
-    )
-    return out
 
 
 class Call:

@@ -70,6 +70,24 @@ static void project(const float *w, i64 rows, i64 len, const float *x, i64 N, fl
 
 /* ---- attention ---- */
 
+/* softmax(scale * scores) in place over C; masked scores count as -inf, a row without any True gives zeros. */
+static void softmax_row(float *s, const unsigned char *mask, float scale, i64 C) {
+    float top = -INFINITY, sum = 0.0f;
+    for (i64 c = 0; c < C; c++) {
+        s[c] = mask && !mask[c] ? -INFINITY : s[c] * scale;
+        top = s[c] > top ? s[c] : top;
+    }
+    if (top == -INFINITY) top = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (i64 c = 0; c < C; c++) {
+        s[c] = fast_exp(s[c] - top);
+        sum += s[c];
+    }
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma omp simd
+    for (i64 c = 0; c < C; c++) s[c] *= factor;
+}
+
 /* Heads from..to: out (N, H, width) = softmax(scale q k^T) v, queries (N, H, reach) and keys (C, G, reach). Heads
  * that read the same keys take them together. MLA is G = 1 with the first R channels of the keys as values. */
 static void attend(const Step *s, const Work *t, const Slot *slot, const float *values, i64 groups, i64 reach,
@@ -173,14 +191,18 @@ static void grouped_attention(const Step *s, const Layer *l, const Slot *slot, c
 /* The k largest of logits + bias and the softmax of their logits; a NaN counts as the largest, as in PyTorch. */
 static void choose(const Step *s, const float *logits, const float *bias, i64 *experts, float *weights) {
     float top = -INFINITY, sum = 0.0f;
+    unsigned char taken[s->E];
+    memset(taken, 0, sizeof taken);
     for (i64 j = 0; j < s->k; j++) {
         i64 best = -1;
+        float held = 0.0f;
         for (i64 e = 0; e < s->E; e++) {
-            int taken = 0;
-            for (i64 i = 0; i < j; i++) taken |= experts[i] == e;
-            const float now = logits[e] + bias[e], held = best < 0 ? 0.0f : logits[best] + bias[best];
-            if (!taken && (best < 0 || now > held || (now != now && held == held))) best = e;
+            const float now = logits[e] + bias[e];
+            if (taken[e] || (best >= 0 && !(now > held) && !(now != now && held == held))) continue;
+            best = e;
+            held = now;
         }
+        taken[best] = 1;
         experts[j] = best;
         weights[j] = logits[best];
         top = weights[j] > top ? weights[j] : top;

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _has_any_global_hook
 
-from open_mythos import fused, kernels, kernels_gpu
-from open_mythos.kernels import latent_outputs, latent_queries
+from open_mythos import fused, kernels_gpu
 
 __all__ = [
     "attention",
@@ -34,13 +33,9 @@ __all__ = [
     "grouped_linear",
     "grouped_linear_reference",
     "latent_attention",
-    "latent_kernels_serve",
     "latent_keys",
     "latent_keys_reference",
-    "latent_outputs",
-    "latent_queries",
     "linears",
-    "moe_of_few_tokens",
     "rms_norm",
     "rms_norm_reference",
     "sorted_weights",
@@ -96,8 +91,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     if x.device.type != "cpu" or x.dtype != weight.dtype:
         return rms_norm_reference(x, weight, eps)
-    if kernels.serves(x.numel() // width, x, weight):
-        return kernels.rms_norm(x, weight, eps)
     if torch.is_grad_enabled():
         x = x.contiguous()
         return (fused.rms_norm if fused.fit(x, weight) else rms_norm_reference)(x, weight, eps)
@@ -127,49 +120,8 @@ def swiglu_reference(x: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
 
 
 def swiglu(x: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
-    """:func:`swiglu_reference`, for a few tokens on the CPU without gradients in one kernel, else with :func:`gate`."""
-    if not torch.is_grad_enabled() and bare(gate_up, nn.Linear) and bare(down, nn.Linear):
-        weights: Any = gate_up.weight, down.weight
-        if kernels.serves(x.numel() // x.shape[-1], x, *weights):
-            return kernels.swiglu(x, *weights)
+    """:func:`swiglu_reference` with :func:`gate`."""
     return down(gate(gate_up(x)))
-
-
-def moe_of_few_tokens(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    shared: tuple[nn.Module, nn.Module] | None = None,
-) -> Tensor | None:
-    """Σ_i w_i · Expert_i(x) + Shared(x) in one kernel, or None where it does not serve.
-
-    Args:
-        x: (N, D).
-        w_in: (E, D, 2F), gate and up side by side.
-        w_out: (E, F, D).
-        experts: (N, k) int64.
-        weights: (N, k).
-        shared: the shared expert's gate_up and down, or None.
-
-    Returns:
-        (N, D) or None.
-    """
-    if torch.is_grad_enabled():
-        return None
-    linears: Any = shared or ()
-    if not all(bare(linear, nn.Linear) for linear in linears):
-        return None
-    dense = [linear.weight for linear in linears]
-    if not experts.is_contiguous() or not kernels.serves(len(x), x, w_in, w_out, weights, *dense):
-        return None
-    return kernels.moe(x, w_in, w_out, experts, weights, *dense)
-
-
-def latent_kernels_serve(x: Tensor, rope: Tensor, *weights: Tensor) -> bool:
-    """Whether :func:`latent_queries` and :func:`latent_outputs` may do MLA's decode step on x (B, S, D)."""
-    return not torch.is_grad_enabled() and kernels.serves(x.shape[0] * x.shape[1], x, rope, *weights)
 
 
 _TRAINING_ORDER = [

@@ -16,13 +16,9 @@ from open_mythos.model.cache import KVCache
 from open_mythos.model.layers import RMSNorm, apply_rope
 from open_mythos.ops import (
     attention,
-    bare,
     causal_attention,
     latent_attention,
-    latent_kernels_serve,
     latent_keys,
-    latent_outputs,
-    latent_queries,
     linears,
     training_kernels_serve,
     turn_heads,
@@ -109,9 +105,7 @@ class MLAttention(nn.Module):
 
     The rope key is one for all heads. With cached tokens and few new ones W_uk is absorbed into the query and
     W_uv into the output, so that attention runs on the latent itself; otherwise keys and values are built.
-    Both compute the same; the cheaper by multiplications is taken. For a few tokens on the CPU two kernels, before
-    and after the cache, do the absorbed work in one go. They read the weights without calling the projections
-    and norms, so a hook or a replaced ``forward`` on one of these brings the plain path back.
+    Both compute the same; the cheaper by multiplications is taken.
 
     Args:
         cfg: sizes.
@@ -134,8 +128,6 @@ class MLAttention(nn.Module):
     def forward(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
         """(B, S, D) → (B, S, D)."""
         absorb = ctx.past > 0 and self._absorbing_pays(x.shape[1], ctx.past + x.shape[1])
-        if absorb and self._kernels_serve(x, ctx):
-            return self._fused(x, ctx, slot)
         low, shared = linears(x, self.q_down, self.kv_down)
         q = self.q_up(self.q_norm(low)).view(*x.shape[:2], self.n_heads, -1)
         c, k_rope = shared.split((self.rank, self.rope_dim), -1)
@@ -148,32 +140,6 @@ class MLAttention(nn.Module):
         latent = ctx.store(slot, latent=latent)["latent"]
         core = self._attend_absorbed if absorb else self._attend_expanded
         return self.wo(core(q_nope, q_rope, latent, ctx))
-
-    def _kernels_serve(self, x: Tensor, ctx: SequenceContext) -> bool:
-        linears = (self.q_down, self.q_up, self.kv_down, self.kv_up, self.wo)
-        norms = (self.q_norm, self.kv_norm)
-        if torch.is_grad_enabled() or (self.training and self.dropout):
-            return False
-        if not all(bare(m, nn.Linear) for m in linears) or not all(bare(m, RMSNorm) for m in norms):
-            return False
-        return latent_kernels_serve(x, ctx.rope, *(m.weight for m in linears), *(m.weight for m in norms))
-
-    def _fused(self, x: Tensor, ctx: SequenceContext, slot: str) -> Tensor:
-        latent, queries = latent_queries(
-            x,
-            self.q_down.weight,
-            self.q_norm.weight,
-            self.q_norm.eps,
-            self.q_up.weight,
-            self.kv_down.weight,
-            self.kv_norm.weight,
-            self.kv_norm.eps,
-            self.kv_up.weight,
-            ctx.rope,
-            self.n_heads,
-        )
-        latent = ctx.store(slot, latent=latent)["latent"]
-        return latent_outputs(queries, latent, ctx.mask, self.scale, self.kv_up.weight, self.wo.weight)
 
     def _absorbing_pays(self, new: int, context: int) -> bool:
         """Fewer multiplications per head and context token over the latent than over built keys and values."""

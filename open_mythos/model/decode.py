@@ -65,7 +65,6 @@ class _Plan:
     """
 
     def __init__(self, model: OpenMythos) -> None:
-        modules = list(model.modules())
         own = [vars(module) for module in model.modules()]
         held = [attributes[name] for attributes in own for name in ("_parameters", "_buffers", "_modules")]
         self._attributes = own + held
@@ -124,7 +123,7 @@ def decode(model: OpenMythos, ids: Tensor, ctx: SequenceContext, n_loops: int) -
         (B, S, V) or None.
     """
     (batch, new), rope, mask = ids.shape, ctx.rope, ctx.mask
-    if ctx.cache is None or (mask is None and new > 1) or not kernels.serves(batch * new, rope):
+    if ctx.cache is None or not kernels.serves(batch * new, rope):
         return None
     plan = _plan(model)
     if plan is None:
@@ -132,6 +131,8 @@ def decode(model: OpenMythos, ids: Tensor, ctx: SequenceContext, n_loops: int) -
     slots = _slots(model.cfg, ctx.cache, rope, batch, new, n_loops)
     call = plan.step(batch, new, n_loops, slots)
     call.set_rope(rope)
+    if mask is None and new > 1:  # causality alone decides, which the kernel wants in writing
+        mask = torch.ones(1, 1, new, new, dtype=torch.bool, device=ids.device).tril()
     if mask is not None:
         call.set_mask(mask.expand(batch, 1, new, -1).squeeze(1))
     return call.run(ids, ctx.past + new)

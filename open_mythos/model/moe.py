@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.model.layers import Expert
 from open_mythos.ops import (
-    bare,
     combine,
     dispatch,
     expert_mlps,
     expert_offsets,
-    moe_of_few_tokens,
     sorted_weights,
     top_k,
 )
@@ -63,9 +61,6 @@ class MoEFFN(nn.Module):
         """(B, S, D) → (B, S, D)."""
         flat = x.reshape(-1, x.shape[-1])
         experts, weights = self.route(flat)
-        fused = self._fused(flat, experts, weights)
-        if fused is not None:
-            return fused.view_as(x)
         order, inverse, counts = expert_offsets(experts, self.n_experts)
         if self.training and torch.is_grad_enabled():
             self.expert_load += counts
@@ -73,13 +68,6 @@ class MoEFFN(nn.Module):
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x)
-
-    def _fused(self, flat: Tensor, experts: Tensor, weights: Tensor) -> Tensor | None:
-        """Few tokens on the CPU without gradients: one kernel for all experts, or None."""
-        if torch.is_grad_enabled() or not (self.shared is None or bare(self.shared, Expert)):
-            return None
-        shared = None if self.shared is None else (self.shared.gate_up, self.shared.down)
-        return moe_of_few_tokens(flat, self.w_in, self.w_out, experts, weights, shared)
 
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Experts (N, k) of each token (N, D) and their weights (N, k), which sum to one.
