@@ -210,6 +210,25 @@ def prepare(
 
 
 @app.command(
+    epilog=_examples("mythos export runs/smoke", "mythos export runs/smoke --step 6 --out models/six")
+)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Take the checkpoint of this step; the newest by default.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Model directory; RUN/model by default.")] = None,
+) -> None:
+    """Write the weights of a checkpoint as a model, also of a run that has not come to its end."""
+    from open_mythos.training.checkpoint import export_checkpoint
+
+    out = run / "model" if out is None else out
+    checkpoints = run / "checkpoints"
+    found = export_checkpoint(checkpoints if step is None else checkpoints / f"step-{step:09d}", out)
+    print(f"step {found.step}: {out}")
+
+
+@app.command(
     epilog=_examples(
         'mythos generate runs/demo/lm --prompt "def main(" --loops 8',
         'mythos generate runs/demo/lm --prompt "The " --loops 16 --temperature 0 --max-new-tokens 40',
@@ -430,7 +449,8 @@ def _model_folder(path: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     if (path / "run.json").is_file():
-        raise ConfigError(f"{str(path)!r} has no saved model yet: its training has not reached a save")
+        way = f"wait for the end of its training, or take a checkpoint: mythos export {path}"
+        raise ConfigError(f"{str(path)!r} has no saved model yet: {way}")
     raise ConfigError(
         f"{str(path)!r} is not a run directory or a saved model: it must hold run.json or config.json"
     )

@@ -343,6 +343,8 @@ def _store(hidden: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> None:
     """This rank's shard, by DCP."""
     _expect_one_process()
     writer = HuggingFaceStorageWriter(str(hidden), save_distributed=True)
+    # Or a thread in the background would synchronise a CUDA device whose work training may be capturing.
+    writer.per_thread_copy_ahead = 0
     dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,25 @@ def test_a_run_with_another_tokenizer_is_generated_from_and_reported(mythos, roo
     report = mythos("report", run, "--out", tmp_path / "report.html")
     assert report.code == 0, report.err
     assert json.loads((run / "records/samples.json").read_text())["texts"]
+
+
+def test_export_takes_a_checkpoint_of_a_run_that_is_not_finished(mythos, root: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    run, text = tmp_path / "run", tmp_path / "notes.txt"
+    text.write_text("Encode once, think as long as asked, decode once. " * 60)
+    data = (f"data.source={text}", "data.seq_len=16", "model.vocab_size=259", "eval.levels=[]")
+    args = ("train", root / "configs/smoke.toml", *data, "--out", run, "-q")
+    assert mythos(*args, "--stop-at", 4).code == 0
+    shutil.rmtree(run / "model")
+    refused = mythos("generate", run, "--prompt", "x")
+    assert (refused.code, f"mythos export {run}" in refused.err) == (2, True)
+    assert mythos("export", run) == Result(0, f"step 4: {run / 'model'}\n", "")
+    assert mythos("generate", run, "--prompt", "x", "--max-new-tokens", 2).code == 0
+    other = mythos("export", run, "--step", 3, "--out", tmp_path / "three")
+    assert other == Result(0, f"step 3: {tmp_path / 'three'}\n", "")
+    assert (tmp_path / "three" / "config.json").is_file()
+    missing = mythos("export", run, "--step", 5)
+    assert (missing.code, missing.err.count("\n")) == (2, 1)
+    assert "step-000000005" in missing.err
 
 
 def test_inspect_counts_and_proposes(mythos, root: Path, runs: dict[str, Path]):  # type: ignore[no-untyped-def]
