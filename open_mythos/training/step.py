@@ -22,7 +22,7 @@ from open_mythos.training.config import RunConfig
 from open_mythos.training.loops import LoopPlan, loop_distribution
 from open_mythos.training.monitor import Monitor, gradient_norms
 from open_mythos.training.objective import Objective
-from open_mythos.training.parallel import World
+from open_mythos.training.parallel import World, last_of_step
 from open_mythos.training.state import TrainState
 
 __all__ = ["Step", "TrainingError"]
@@ -76,7 +76,10 @@ class Step:
         state.optimizer.zero_grad(set_to_none=True)
         self.monitor.begin(state.step + 1, read)
         accumulate = self.config.train.accumulate
-        losses = [self._descend(next(state.data)) for _ in range(accumulate)]
+        losses = []
+        for i in range(accumulate):
+            last_of_step(self.objective, i == accumulate - 1)
+            losses.append(self._descend(next(state.data)))
         if accumulate > 1:
             # After the fact, not on each loss: the halting head's own loss has weight one in every backward.
             torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], accumulate)
@@ -120,10 +123,8 @@ class Step:
     def _descend(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Add the gradient of this process's rows; returns their loss, of which the processes' mean is the batch's."""
         state, world, rows = self.state, self.world, self.config.train.batch_size
-        if self.config.loops.per == "sequence":
-            plan = self.plans.sample_each(state.loops, rows).rows(world.rank, world.size)
-        else:
-            plan = self.plans.sample(state.loops)
+        each = self.config.loops.per == "sequence"
+        plan = self.plans.sample_each(state.loops, rows) if each else self.plans.sample(state.loops)
         targets = None
         if world.size > 1:
             own = (batch["targets"] != IGNORE_INDEX).sum().to(world.device, non_blocking=True)
@@ -131,7 +132,7 @@ class Step:
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
         with lowered(self.objective, self.dtype):
             with self.monitor.watching():
-                loss = self.objective(batch, plan, targets)
+                loss = self.objective(batch, plan.rows(world.rank, world.size), targets)
             loss.backward()
         self._count(batch["ids"], loss.detach(), plan)
         return loss.detach()
