@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def our_step(
     objective = Objective(OpenMythos(config).to(bench.device)).train()
     accelerate(objective, compile=compile, recompute=recompute)
     optimizer = optimizer_of(objective, bench.device)
-    ids = bench.ids(*shape)
+    ids = bench.ids(*shape) % config.vocab_size
     batch = {"ids": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
     plan = LoopPlan(0, LOOPS) if plan is None else plan
     gradients = Gradients(objective, torch.bfloat16, capture=capture)
@@ -238,7 +238,7 @@ def profile(bench: Bench, attn_type: str, rows: int = 45) -> None:
         print(f"{ms:8.3f} ms {count:6.0f} x  {name[:150]}")
 
 
-def limits(bench: Bench) -> dict[str, Any]:
+def limits(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
     """A large model, many experts, many loops, a long sequence."""
     report: dict[str, Any] = {}
 
@@ -255,28 +255,32 @@ def limits(bench: Bench) -> dict[str, Any]:
         print(name, figures, f"in {time.perf_counter() - began:.0f} s", flush=True)
 
     tokens = bench.batch * bench.length
-    for count, active in ((16, 4), (100, 8), (100, 16)):
+    for count, active in ((16, 4), (100, 8), (100, 16)) if "experts" in names else ():
         changes = {"n_experts": count, "n_experts_per_tok": active, "attn_type": "mla"}
-        width = bench.config["expert_dim"] * bench.config["n_experts_per_tok"] // active
-        changes["expert_dim"] = width
+        changes["expert_dim"] = bench.config["expert_dim"] * bench.config["n_experts_per_tok"] // active
         note(f"experts_{count}_active_{active}", lambda c=changes: our_step(bench, **c), tokens)
-    for free, grad in ((0, 8), (248, 8)):
-        plan = LoopPlan(free, grad) if not bench.toy else LoopPlan(free // 50, grad)
-        note(f"loops_{free + grad}", lambda p=plan: our_step(bench, plan=p, attn_type="mla"), tokens)
-    large = mythos_1b() if not bench.toy else MythosConfig(**bench.config)
-    length, batch = (4096, 2) if not bench.toy else (32, 2)
-    flops = 3 * flops_per_token(large, large.max_loop_iters, context=(length + 1) // 2)
-    plan = LoopPlan(0, large.max_loop_iters)
-    build = lambda: our_step(bench, plan=plan, shape=(batch, length), **large.to_dict())  # noqa: E731
-    note("mythos_1b", build, batch * length, flops)
-    long = 131072 if not bench.toy else 48
-    bench.repeats, bench.warm = 1, 1
-    changes = {"max_seq_len": long, "attn_type": "mla"}
-    note(
-        "sequence_131072",
-        lambda: our_step(bench, recompute="loop", capture=False, shape=(1, long), **changes),
-        long,
-    )
+    for free in (0, 248) if "loops" in names else ():
+        plan = LoopPlan(free if not bench.toy else free // 50, 8)
+        note(f"loops_{free + 8}", lambda p=plan: our_step(bench, plan=p, attn_type="mla"), tokens)
+    if "large" in names:
+        large = mythos_1b() if not bench.toy else MythosConfig(**bench.config)
+        length, loops = 4096 if not bench.toy else 32, large.max_loop_iters
+        flops = 3 * flops_per_token(large, loops, context=(length + 1) // 2)
+        for batch in (1, 2):
+            note(
+                f"mythos_1b_batch_{batch}",
+                lambda b=batch: our_step(
+                    bench, plan=LoopPlan(0, loops), shape=(b, length), **large.to_dict()
+                ),
+                batch * length,
+                flops,
+            )
+    if "long" in names:
+        long = 131072 if not bench.toy else 48
+        bench.repeats, bench.warm = 1, 1
+        options: dict[str, Any] = {"recompute": "loop", "capture": False, "shape": (1, long)}
+        changes = {"max_seq_len": long, "attn_type": "mla"}
+        note("sequence_131072", lambda: our_step(bench, **options, **changes), long)
     return report
 
 
@@ -286,7 +290,10 @@ def main() -> None:
     )
     parser.add_argument("--upstream", help="folder that holds the release's open_mythos/")
     parser.add_argument("--out", help="JSON file for the figures")
-    parser.add_argument("--limits", action="store_true", help="a large model, many experts, loops and tokens")
+    names = ("experts", "loops", "large", "long")
+    parser.add_argument(
+        "--limits", nargs="*", choices=names, help="many experts, loops, weights and tokens instead"
+    )
     parser.add_argument("--profile", choices=["mla", "gqa"], help="only print where the time goes")
     parser.add_argument("--toy", action="store_true", help="toy size on the CPU, to try the script")
     arguments = parser.parse_args()
@@ -300,9 +307,9 @@ def main() -> None:
     report["command"] = " ".join(["python", "benchmarks/gpu_training.py", *sys.argv[1:]])
     if not bench.toy:
         report["gpu"], report["matmul_tflops"] = torch.cuda.get_device_name(), round(ceiling(), 1)
-    if arguments.limits:
-        report |= limits(bench)
-    for attn_type in () if arguments.limits else ("mla", "gqa"):
+    if arguments.limits is not None:
+        report |= limits(bench, arguments.limits or names)
+    for attn_type in () if arguments.limits is not None else ("mla", "gqa"):
         flops = 3 * flops_per_token(
             MythosConfig(**bench.config, attn_type=attn_type), LOOPS, context=(bench.length + 1) // 2
         )

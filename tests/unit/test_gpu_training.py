@@ -51,8 +51,11 @@ def run(
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
 def test_captured_gradients_are_the_plain_ones(attn_type: str, documents: bool) -> None:
-    """Any loop counts, the second time from the same graphs, and biases and counts move alike."""
-    plain = build(attn_type)
+    """Any loop counts, the second time from the same graphs, and biases and counts move alike.
+
+    Every expert sees every token: a choice may fall either way in low precision.
+    """
+    plain = build(attn_type, n_experts_per_tok=8)
     fast = copy.deepcopy(plain)
     sides = Gradients(plain, torch.bfloat16), Gradients(fast, torch.bfloat16, capture=True)
     plans = [LoopPlan(0, 2), LoopPlan(3, 2), LoopPlan(1, 3), LoopPlan(0, 2), LoopPlan(7, 2)]
@@ -81,8 +84,9 @@ def test_captured_gradients_add_up_over_batches() -> None:
     assert (weight.grad - total).norm() < 0.3 * total.norm()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "loop"])
-@pytest.mark.parametrize("attn_type", ["mla", "gqa"])
+@pytest.mark.parametrize(
+    ("attn_type", "recompute"), [("mla", "none"), ("gqa", "none"), ("mla", "selective"), ("gqa", "loop")]
+)
 def test_a_compiled_captured_step_is_near_float32(attn_type: str, recompute: str) -> None:
     """With all experts for every token: a choice may fall either way in low precision."""
     torch._dynamo.reset()
