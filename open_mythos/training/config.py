@@ -180,6 +180,7 @@ class ParallelConfig:
         precision: of the matrix products, "fp32" or "bf16". Parameters, and what must not be rounded (norms,
             injection, router bias and counts, loss), stay in float32.
         compile: compile the step with torch.compile.
+        graphs: start the step's kernels as CUDA graphs, on one GPU; see :mod:`open_mythos.training.gradients`.
         recompute: what backward computes again instead of keeping: "none", "selective" or "loop"; see
             :mod:`open_mythos.training.acceleration`.
         replicas: whole copies of the parameters; each is sharded over world size / replicas processes.
@@ -189,6 +190,7 @@ class ParallelConfig:
     device: str = "auto"
     precision: str = "fp32"
     compile: bool = False
+    graphs: bool = False
     recompute: str = "none"
     replicas: int = 1
     reshard: bool = False
@@ -197,6 +199,7 @@ class ParallelConfig:
         choice("parallel.device", self.device, ("auto", "cpu", "cuda"))
         choice("parallel.precision", self.precision, ("fp32", "bf16"))
         choice("parallel.compile", self.compile, (True, False))
+        choice("parallel.graphs", self.graphs, (True, False))
         choice("parallel.recompute", self.recompute, ("none", "selective", "loop"))
         whole("parallel.replicas", self.replicas, 1)
         choice("parallel.reshard", self.reshard, (True, False))

@@ -230,13 +230,13 @@ class Monitor:
         self._recorder: _Recorder | None = None
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around each forward of the step: looks at the states of the first one, if a look is due."""
+    def watching(self) -> Iterator[bool]:
+        """Around each forward of the step: looks at the states of the first one, if a look is due, and says so."""
         if self._recorder is not None or not self._read or not self._due():
-            yield
+            yield False
             return
         with _Recorder(self.model) as self._recorder:
-            yield
+            yield True
 
     def _due(self) -> bool:
         """A look is due at the first record after each multiple of ``log.monitor_every``, and at step 1.

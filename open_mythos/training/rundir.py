@@ -29,7 +29,9 @@ _FREE = {"eval", "log", "checkpoint"}
 _FREE_KEYS = {("train", name) for name in ("steps", "log_every", "save_every", "max_skips")}
 _FREE_KEYS |= {("data", name) for name in dataconfig.FREE}
 # These do decide, by their rounding, but a machine may have been lost; so they are free as well.
-_FREE_KEYS |= {("parallel", name) for name in ("device", "compile", "recompute", "replicas", "reshard")}
+_FREE_KEYS |= {
+    ("parallel", name) for name in ("device", "compile", "graphs", "recompute", "replicas", "reshard")
+}
 
 
 def find_run(out: Path) -> tuple[dict[str, Any], bool]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from open_mythos.model.moe import MoEFFN
 from open_mythos.tasks.base import IGNORE_INDEX
 from open_mythos.training import optim
-from open_mythos.training.acceleration import lowered
 from open_mythos.training.config import RunConfig
+from open_mythos.training.gradients import Gradients
 from open_mythos.training.loops import LoopPlan, loop_distribution
 from open_mythos.training.monitor import Monitor, gradient_norms
 from open_mythos.training.objective import Objective
@@ -58,7 +58,8 @@ class Step:
         self.trained = [p for p in state.model.parameters() if p.requires_grad]
         # Under sharding the parameters are cast when they are gathered.
         narrow = config.parallel.precision == "bf16" and world.size == 1
-        self.dtype = torch.bfloat16 if narrow else None
+        graphs = config.parallel.graphs and world.size == 1
+        self.gradients = Gradients(objective, torch.bfloat16 if narrow else None, capture=graphs)
         # In all, in a row up to now, and the longest row since the last look.
         self.skips = torch.tensor([state.skips, state.skips_in_row, 0], device=world.device)
 
@@ -130,12 +131,11 @@ class Step:
             own = (batch["targets"] != IGNORE_INDEX).sum().to(world.device, non_blocking=True)
             targets = world.sum(own) / world.size
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
-        with lowered(self.objective, self.dtype):
-            with self.monitor.watching():
-                loss = self.objective(batch, plan.rows(world.rank, world.size), targets)
-            loss.backward()
-        self._count(batch["ids"], loss.detach(), plan)
-        return loss.detach()
+        with self.monitor.watching() as looked_at:
+            share = plan.rows(world.rank, world.size)
+            loss = self.gradients(batch, share, targets, capture=not looked_at)
+        self._count(batch["ids"], loss, plan)
+        return loss
 
     def _count(self, ids: Tensor, loss: Tensor, plan: LoopPlan) -> None:
         state, tokens = self.state, ids.numel() * self.world.size

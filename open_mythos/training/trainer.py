@@ -57,7 +57,13 @@ def spread(
 
     Returns:
         The state; its model with the loss; an account of the data.
+
+    Raises:
+        ConfigError: the data is not there or does not fit, or [parallel] does not fit the world.
     """
+    how = config.parallel
+    if how.graphs and (world.size > 1 or world.device.type != "cuda"):
+        raise ConfigError("parallel.graphs = True is not allowed: it needs one process, on a CUDA device")
     data, report = train_stream(config, world.rank, world.size)
     _check_same_data(data, world)
     torch.manual_seed(config.train.seed)
@@ -65,7 +71,7 @@ def spread(
     if world.rank:
         torch.manual_seed(int(torch.randint(2**62, ())) + world.rank)
     loops = torch.Generator().manual_seed(config.train.seed)
-    descended, how = objective.Objective(model), config.parallel
+    descended = objective.Objective(model)
     parallelize(
         descended,
         world,

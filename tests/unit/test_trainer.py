@@ -209,3 +209,20 @@ def test_processes_that_torchrun_restarted_resume_unasked(
     train(cfg, out, overwrite=True)
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
     assert json.loads((out / "run.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "parallel.graphs=true",
+            "parallel.graphs = True is not allowed: it needs one process, on a CUDA device",
+        ),
+        ("parallel.recompute=selective", "recompute = 'selective' is not allowed: it needs compile = true"),
+        ("parallel.replicas=2", "replicas = 2 is not allowed"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused(root: Path, tmp_path: Path, override: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        train(config(root, "parallel.device=cpu", override), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
