@@ -73,7 +73,7 @@ INLINE void dot_tile(const float *w, i64 ldw, const float *x, i64 ldx, i64 len, 
         lanes in[4];
         for (int t = 0; t < T; t++) in[t] = *(const lanes *)(x + t * ldx + i);
         for (int r = 0; r < R; r++) {
-            if (first) __builtin_prefetch(w + (r + R) * ldw + i, 0, 2); /* the next rows; past the end it does nothing */
+            if (first) __builtin_prefetch(w + (r + R) * ldw + i, 0, 2); /* past the end it does nothing */
             const lanes row_r = *(const lanes *)(w + r * ldw + i);
             for (int t = 0; t < T; t++) acc[r][t] += row_r * in[t];
         }

@@ -14,12 +14,13 @@
 
 /* A transformer block; what it does not have is null. */
 typedef struct {
-    const float *attn_norm, *ffn_norm, *wo;                   /* (D), (D), (D, H V) */
-    const float *q_down, *q_up, *kv_down, *kv_norm, *kv_up;   /* MLA: (Q, D), (H (K + P), Q), (R + P, D), (R), (H (K + V), R) */
-    const float *wq, *wk, *wv;                                /* GQA: (H K, D), (G K, D), (G K, D) */
-    const float *q_norm, *k_norm;                             /* MLA: (Q), null; GQA: (K), (K) or both null */
-    const float *router, *router_bias, *w_in, *w_out;         /* (E, D), (E), (E, D, 2F), (E, F, D) */
-    const float *gate_up, *down;                              /* shared expert or dense layer: (2Fs, D), (D, Fs) */
+    const float *attn_norm, *ffn_norm, *wo;                 /* (D), (D), (D, H V) */
+    const float *q_down, *q_up, *kv_down, *kv_norm, *kv_up; /* MLA: (Q, D), (H (K + P), Q), (R + P, D), (R),
+                                                               (H (K + V), R) */
+    const float *wq, *wk, *wv;                              /* GQA: (H K, D), (G K, D), (G K, D) */
+    const float *q_norm, *k_norm;                           /* MLA: (Q), null; GQA: (K), (K) or both null */
+    const float *router, *router_bias, *w_in, *w_out;       /* (E, D), (E), (E, D, 2F), (E, F, D) */
+    const float *gate_up, *down;                            /* shared expert or dense: (2Fs, D), (D, Fs) */
     i64 Fs;
 } Layer;
 
@@ -34,21 +35,21 @@ typedef struct {
     i64 threads, N, S, C, D, H, G, K, P, R, Q, V, E, F, k, T, L;
     i64 n_prelude, n_coda, vocab, loop_dim, lora_rows, keeps_input, starts_at_input;
     float eps, scale, embed_scale, still_running;
-    const i64 *ids;                            /* (N) */
-    const float *embed;                        /* (vocab, D) */
-    const float *rope;                         /* cosines; sines rope_half on; a row of the batch rope_batch, a token P or K */
-    i64 rope_half, rope_batch;
-    const unsigned char *mask;                 /* (B, S, C) by these strides, or null */
+    const i64 *ids;                               /* (N) */
+    const float *embed;                           /* (vocab, D) */
+    const float *rope;                            /* cosines; the sines lie rope_half further, */
+    i64 rope_half, rope_batch;                    /* a row of the batch rope_batch, a token P or K */
+    const unsigned char *mask;                    /* (B, S, C) by these strides, or null */
     i64 mask_batch, mask_token;
-    const Layer *layers;                       /* prelude, the looped block, coda */
-    const Slot *slots;                         /* prelude, T loops, coda */
-    const float *input_norm, *loop_norm;       /* (D) */
-    const float *log_A, *log_dt, *B;           /* (D), (1), (D) */
+    const Layer *layers;                          /* prelude, the looped block, coda */
+    const Slot *slots;                            /* prelude, T loops, coda */
+    const float *input_norm, *loop_norm;          /* (D) or null, (D) */
+    const float *log_A, *log_dt, *B;              /* (D), (1), (D) */
     const float *lora_down, *lora_B, *lora_scale; /* (L, D), (L, D), (lora_rows, L), or null */
-    const float *state_norm;                   /* (D) or null */
-    const float *halt, *halt_bias;             /* (D), (1), or null: every loop's state counts */
-    const float *norm, *head;                  /* (D), (vocab, D) */
-    float *room, *logits;                      /* om_room() floats; (N, vocab) */
+    const float *state_norm;                      /* (D) or null */
+    const float *halt, *halt_bias;                /* (D), (1), or null: the last state counts */
+    const float *norm, *head;                     /* (D), (vocab, D) */
+    float *room, *logits;                         /* as om_room says; (N, vocab) */
 } Step;
 
 /* One thread's view: its number, memory that all share, and memory of its own. */
@@ -59,7 +60,9 @@ typedef struct {
 } Work;
 
 /* This thread's share of the range 0..n, cut at multiples of `grain`. */
-INLINE void mine(i64 n, i64 grain, const Work *t, i64 *from, i64 *to) { share(n, grain, t->part, t->parts, from, to); }
+INLINE void mine(i64 n, i64 grain, const Work *t, i64 *from, i64 *to) {
+    share(n, grain, t->part, t->parts, from, to);
+}
 
 /* This thread's rows of y[n * ldy + row] = w[row] . x[n], w (rows, len), x (N, len). */
 static void project(const float *w, i64 rows, i64 len, const float *x, i64 N, float *y, i64 ldy, const Work *t) {
@@ -105,8 +108,8 @@ static void attend(const Step *s, const Work *t, const Slot *slot, const float *
                 memset(mixed[next - h], 0, sizeof(float) * (size_t)width);
             }
             float *scores = t->scores + (n * s->H + h) * s->C;
-            dots(slot->keys + row + g * reach, slot->token, s->C, t->queries + (n * s->H + h) * reach, reach, next - h,
-                 reach, scores, 1, s->C);
+            dots(slot->keys + row + g * reach, slot->token, s->C, t->queries + (n * s->H + h) * reach, reach,
+                 next - h, reach, scores, 1, s->C);
             for (i64 i = h; i < next; i++) softmax_row(scores + (i - h) * s->C, seen, s->scale, s->C);
             add_rows(values + row + g * width, slot->token, s->C, in, mixed, next - h, 0, width);
         }
@@ -219,7 +222,8 @@ static void routed_experts(const Step *s, const Layer *l, const Work *t) {
     i64 experts[total], slots[total], first[s->E + 1], from, to, cost = 0;
     float weights[total], *out[total];
     const float *in[total];
-    for (i64 n = 0; n < s->N; n++) choose(s, t->routes + n * s->E, l->router_bias, experts + n * s->k, weights + n * s->k);
+    for (i64 n = 0; n < s->N; n++)
+        choose(s, t->routes + n * s->E, l->router_bias, experts + n * s->k, weights + n * s->k);
     memset(first, 0, sizeof first);
     for (i64 i = 0; i < total; i++) first[experts[i] + 1]++;
     for (i64 e = 0; e < s->E; e++) {
