@@ -16,7 +16,10 @@ from open_mythos.config import ConfigError
 from open_mythos.training import checkpoint, manifest, trainer
 from open_mythos.training.checkpoint import Checkpointer, CheckpointError, export_checkpoint, find_checkpoint
 from open_mythos.training.config import RunConfig, load_config
+from open_mythos.training.monitor import Monitor
+from open_mythos.training.parallel import World
 from open_mythos.training.state import TrainState, counters, gather_model, state_tensors
+from open_mythos.training.step import Step
 from open_mythos.training.trainer import TrainingError, build, train
 from open_mythos.weights import from_pretrained
 
@@ -141,6 +144,40 @@ def test_state_survives_a_round_trip(root: Path, tmp_path: Path, asynchronous: b
     with Checkpointer(tmp_path) as loader:
         loader.load(state)
     same(state, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_state_on_a_gpu_survives_a_round_trip(root: Path, tmp_path: Path, asynchronous: bool):
+    world, cfg = World(device=torch.device("cuda")), config(root, "model.dropout=0.1")
+
+    def stepped_there() -> TrainState:
+        state, objective, _ = trainer.spread(cfg, world)
+        step = Step(cfg, state, objective, world, Monitor(cfg, state.model, world))
+        step(True)
+        return state
+
+    state = stepped_there()
+    with Checkpointer(tmp_path, asynchronous=asynchronous) as saver:
+        saver.save(state, cfg.to_dict())
+        kept = {name: value.clone() for name, value in state_tensors(state, 0).items()}
+        drawn = torch.rand(3, device="cuda")
+        with torch.no_grad():
+            for value in state.model.state_dict().values():
+                value.zero_()
+    assert "rng.cuda.00000" in kept
+    other = stepped_there()
+    with Checkpointer(tmp_path) as loader:
+        loader.load(other)
+    found = state_tensors(other, 0)
+    for name, value in kept.items():
+        assert torch.equal(found[name], value), name
+        assert found[name].device == value.device, name
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+    trainer.optim.set_lr(other.optimizer, 1e-3)
+    for parameter in other.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    other.optimizer.step()
 
 
 def test_a_state_is_named_without_wrappers_and_independent_of_parameter_groups(root: Path, tmp_path: Path):
