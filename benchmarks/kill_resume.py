@@ -5,7 +5,7 @@ SIGKILL, many of them inside a save, and resumed until they finish. After each k
 be whole, and every checkpoint and every finished run must equal the run that was never killed, bit for bit:
 loss of each step, parameters, optimiser, random generators, position in the data.
 
-To repeat (about five minutes on two cores)::
+To repeat, which takes minutes, by how busy the machine is::
 
     .venv/bin/python benchmarks/kill_resume.py --kills 200
 
@@ -317,7 +317,7 @@ def report(record: dict[str, Any]) -> str:
     faults = "\n".join(f"- {fault}" for fault in record["faults"]) or "None."
     return f"""# Kills and resumes
 
-`{record["command"]}` ({record["versions"]["torch"]}, Python {record["versions"]["python"]}, {record["seconds"]} s)
+`{record["command"]}` (torch {record["versions"]["torch"]}, Python {record["versions"]["python"]}, {record["seconds"]} s)
 
 A toy run of `mythos train` of {STEPS} steps that saves after every {EVERY}, killed with SIGKILL and resumed until it
 finishes, then the next. What is compared with a run that was never killed, bit for bit: the tensors of the newest
