@@ -317,7 +317,8 @@ def report(record: dict[str, Any]) -> str:
     faults = "\n".join(f"- {fault}" for fault in record["faults"]) or "None."
     return f"""# Kills and resumes
 
-`{record["command"]}` (torch {record["versions"]["torch"]}, Python {record["versions"]["python"]}, {record["seconds"]} s)
+`{record["command"]}`
+(torch {record["versions"]["torch"]}, Python {record["versions"]["python"]}, {record["seconds"]} s)
 
 A toy run of `mythos train` of {STEPS} steps that saves after every {EVERY}, killed with SIGKILL and resumed until it
 finishes, then the next. What is compared with a run that was never killed, bit for bit: the tensors of the newest

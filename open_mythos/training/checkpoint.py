@@ -359,6 +359,8 @@ def _settle(hidden: Path, prefix: str) -> dict[str, dict[str, Any]]:
 
 def _commit(hidden: Path, step: int, files: dict[str, dict[str, Any]], meta: Mapping[str, Any]) -> None:
     """State, manifest, and the name that says that all is there."""
+    if away := [name for name in files if not (hidden / name).is_file()]:
+        raise CheckpointError(f"{away[0]} is on another disk; all processes must save to the same folder")
     (hidden / STATE).write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     sync(hidden / STATE)
     files = {**files, STATE: entry(hidden / STATE)}

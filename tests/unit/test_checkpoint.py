@@ -289,6 +289,19 @@ def test_a_failed_save_in_the_background_is_told_at_the_next_call(
     assert find_checkpoint(tmp_path).step == 3
 
 
+def test_processes_that_do_not_share_the_folder_are_told(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cfg, state = stepped(root)
+    monkeypatch.setattr(checkpoint, "_settle", lambda *_: {"shard-00002.safetensors": {}})
+    saver = Checkpointer(tmp_path, asynchronous=False)
+    with pytest.raises(
+        CheckpointError, match=r"shard-00002\.safetensors is on another disk; all processes must"
+    ):
+        saver.save(state, cfg.to_dict())
+    assert not list(tmp_path.iterdir())
+
+
 def _save_and_fail(folder: Path, state: TrainState) -> None:
     with Checkpointer(folder) as saver:
         saver.save(state, {})
