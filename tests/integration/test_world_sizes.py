@@ -20,7 +20,7 @@ from open_mythos.training.checkpoint import CheckpointError, export_checkpoint, 
 from open_mythos.weights import from_pretrained
 
 WORKER = Path(__file__).with_name("world_sizes_worker.py")
-SIZES, STEPS, BATCH = (1, 2, 4), 3, 8
+SIZES, STEPS, BATCH = (1, 2, 4), 2, 8
 PAIRS = list(itertools.product(SIZES, SIZES))
 
 pytestmark = pytest.mark.slow

@@ -30,7 +30,7 @@ from open_mythos.training.trainer import spread
 from open_mythos.weights import save_pretrained
 
 SMOKE = Path(__file__).resolve().parents[2] / "configs" / "smoke.toml"
-SIZES, STEPS = (1, 2, 4), 3
+SIZES, STEPS = (1, 2, 4), 2
 Result = dict[str, Any]
 
 
