@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from open_mythos.analysis.probes import Record
 
-__all__ = ["Finding", "count_loops", "find"]
+__all__ = ["Finding", "count_loops", "find", "unit_of"]
 
-# Differences smaller than these are called none: half a point of accuracy, 0.005 bits per byte.
+# Differences smaller than these are called none: half a point of accuracy, 0.005 bits.
 NOTHING = {"accuracy": 0.005, "bits_per_byte": 0.005, "bits_per_token": 0.005}
 
 
@@ -38,7 +38,8 @@ def find(evaluation: Record, subject: str) -> Finding:
         evaluation: ``metric``, ``trained_max``, ``splits``.
         subject: what was learnt, as the sentence begins.
     """
-    share = evaluation["metric"] == "accuracy"
+    metric = evaluation["metric"]
+    share = metric == "accuracy"
     most = int(evaluation["trained_max"])
     sign = 1.0 if share else -1.0
     curves = {
@@ -51,35 +52,39 @@ def find(evaluation: Record, subject: str) -> Finding:
     deeper = [n for n in curve if n > most]
     best = max(deeper, key=lambda n: (sign * round(curve[n], 3), -n)) if deeper else None
     shown = list(dict.fromkeys(n for n in (few, trained, best) if n is not None))
-    numbers = ", ".join(f"{_value(curve[n], share)} at {count_loops(n)}" for n in sorted(shown))
+    numbers = ", ".join(f"{_value(curve[n], metric)} at {count_loops(n)}" for n in sorted(shown))
     headline = f"{subject}, {hardest}: {numbers}; trained with at most {most}."
     ends = [n for n in (few, best or trained) if n in curve]
     # A title has room for the unit once.
-    told = (_value(curve[n], share) if share else f"{curve[n]:.3f}" for n in sorted({*ends}))
+    told = (_value(curve[n], metric) if share else f"{curve[n]:.3f}" for n in sorted({*ends}))
     pairs = zip(told, (count_loops(n) for n in sorted({*ends})), strict=True)
-    short = ("" if share else "bits per byte, ") + f"{hardest}: " + ", ".join(f"{v} at {n}" for v, n in pairs)
+    short = (
+        ("" if share else f"{unit_of(metric)}, ")
+        + f"{hardest}: "
+        + ", ".join(f"{v} at {n}" for v, n in pairs)
+    )
     if best is None:
         return Finding(headline, short, "No loop count beyond the trained ones was tried.", False)
-    verdict = _verdict(curve, evaluation["metric"], few, trained, best, max(curve))
-    rises = sign * (curve[best] - curve[trained]) >= NOTHING[evaluation["metric"]]
+    verdict = _verdict(curve, metric, few, trained, best, max(curve))
+    rises = sign * (curve[best] - curve[trained]) >= NOTHING[metric]
     return Finding(headline, short, verdict, rises)
 
 
 def _verdict(curve: dict[int, float], metric: str, few: int, trained: int, best: int, last: int) -> str:
-    share, nothing = metric == "accuracy", NOTHING[metric]
-    sign = 1.0 if share else -1.0
+    nothing = NOTHING[metric]
+    sign = 1.0 if metric == "accuracy" else -1.0
     gain, inside = sign * (curve[best] - curve[trained]), sign * (curve[trained] - curve[few])
     end = sign * (curve[last] - curve[trained])
     verb = "gains" if inside > 0 else "loses"
-    change = f"it {verb} {_gap(abs(inside), share)}" if abs(inside) >= nothing else "it hardly changes"
+    change = f"it {verb} {_gap(abs(inside), metric)}" if abs(inside) >= nothing else "it hardly changes"
     within = f"From {count_loops(few)} to {trained} {change}"
     if gain >= nothing:
         tail = ""
         if sign * (curve[best] - curve[last]) >= nothing:
-            tail = f" At {last} it is back to {_value(curve[last], share)}."
-        return f"{within}; beyond the trained depth more loops add another {_gap(gain, share)}.{tail}"
+            tail = f" At {last} it is back to {_value(curve[last], metric)}."
+        return f"{within}; beyond the trained depth more loops add another {_gap(gain, metric)}.{tail}"
     if end <= -nothing:
-        lost = f"at {count_loops(last)} it loses {_gap(-end, share)}"
+        lost = f"at {count_loops(last)} it loses {_gap(-end, metric)}"
         return f"{within}; beyond the trained depth it does not rise: {lost}."
     return f"{within}; beyond the trained depth it neither rises nor falls."
 
@@ -98,9 +103,14 @@ def count_loops(n: int) -> str:
     return "1 loop" if n == 1 else f"{n} loops"
 
 
-def _value(value: float, share: bool) -> str:
-    return f"{100 * value:.1f} % right" if share else f"{value:.3f} bits per byte"
+def unit_of(metric: str) -> str:
+    """What values of a metric that is no share are counted in: ``bits per byte``, …"""
+    return metric.replace("_", " ")
 
 
-def _gap(gap: float, share: bool) -> str:
-    return f"{100 * gap:.1f} points" if share else f"{gap:.3f} bits per byte"
+def _value(value: float, metric: str) -> str:
+    return f"{100 * value:.1f} % right" if metric == "accuracy" else f"{value:.3f} {unit_of(metric)}"
+
+
+def _gap(gap: float, metric: str) -> str:
+    return f"{100 * gap:.1f} points" if metric == "accuracy" else f"{gap:.3f} {unit_of(metric)}"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from open_mythos.analysis.findings import unit_of
 from open_mythos.analysis.style import (
     COLOURS,
     INK,
@@ -123,7 +124,7 @@ def quality(evaluation: Record, *, title: str | None = None) -> Figure:
         ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{100 * x:g} %"))
         ax.set_ylim(top=1.02)
     else:
-        ax.set_ylabel("bits per byte (lower is better)")
+        ax.set_ylabel(f"{unit_of(evaluation['metric'])} (lower is better)")
     ax.set_title(title or "Quality against loops", pad=20)
     ax.legend(loc="best")
     return figure

@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from open_mythos.analysis import plots
-from open_mythos.analysis.findings import count_loops, find
+from open_mythos.analysis.findings import count_loops, find, unit_of
 from open_mythos.analysis.probes import Record
 from open_mythos.analysis.records import ReportError, Run, make_records, read_run
 from open_mythos.analysis.style import Figure
@@ -278,7 +278,7 @@ def _quality_table(evaluation: Record) -> str:
             for n in loops
         )
         rows += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    unit = "% right" if share else "bits per byte"
+    unit = "% right" if share else unit_of(evaluation["metric"])
     return (
         f"<details><summary>The numbers ({unit})</summary><div class=scroll><table>"
         f'<tr><th scope="col">loops</th>{head}</tr>{rows}</table></div></details>'

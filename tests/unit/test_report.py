@@ -198,7 +198,8 @@ def test_a_run_without_evaluation_says_so(tmp_path: Path):
         (_sweep("accuracy", [0.5, 0.8, 0.9, 0.902]), "", "neither rises nor falls", False),
         (_sweep("accuracy", [0.5, 0.8, 0.9, 0.902], trained_max=64), "", "No loop count beyond", False),
         (_sweep("bits_per_byte", [3.0, 2.5, 2.4, 2.3]), "2.400 bits per byte at", "add another 0.100", True),
-        (_sweep("bits_per_byte", [3.0, 2.5, 2.4, 2.6]), "", "at 32 loops it loses 0.200", False),
+        (_sweep("bits_per_byte", [3.0, 2.5, 2.4, 2.6]), "", "at 32 loops it loses 0.200 bits per byte", False),
+        (_sweep("bits_per_token", [3.0, 2.5, 2.4, 2.6]), "2.400 bits per token at", "0.200 bits per token", False),
         (_sweep("accuracy", [0.5, 0.8, 0.7, 0.7]), "", "From 4 loops to 16 it loses 10.0 points", False),
     ],
 )  # fmt: skip
