@@ -226,3 +226,27 @@ def test_what_the_machine_cannot_do_is_refused(root: Path, tmp_path: Path, overr
     with pytest.raises(ConfigError, match=words):
         train(config(root, "parallel.device=cpu", override), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_on_a_gpu_waits_for_nothing_and_skips_alike(root: Path, kind: str):
+    gpu = World(device=torch.device("cuda", 0))
+    cfg = config(root, f"optim.kind={kind}", "parallel.precision=bf16", "loops.per=sequence")
+    state, objective, _ = spread(cfg, gpu)
+    step = Step(cfg, state, objective, gpu, Monitor(cfg, state.model, gpu))
+    for _ in range(3):
+        step(read=False)
+    before = {name: v.clone() for name, v in state_tensors(state, 0).items() if "rng" not in name}
+    plain = objective.forward
+    objective.forward = lambda *args: plain(*args) * math.nan  # type: ignore[method-assign]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(read=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = state_tensors(state, 0)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    step.check()
+    assert (state.skips, state.step) == (1, 4)
