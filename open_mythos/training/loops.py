@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.config import ConfigError
+from open_mythos.training.checks import number, whole
 
 __all__ = [
     "Fixed",
@@ -43,10 +44,10 @@ class LoopPlan:
     starts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _whole("n_free", self.n_free, 0)
-        _whole("n_grad", self.n_grad, 1)
+        whole("n_free", self.n_free, 0)
+        whole("n_grad", self.n_grad, 1)
         for start in self.starts or ():
-            _whole("starts", start, 0)
+            whole("starts", start, 0)
             if start >= self.total:
                 raise ConfigError(
                     f"starts = {start!r} is not allowed: it must be below {self.total}, the total"
@@ -102,9 +103,9 @@ class Fixed:
     backprop: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("loops", self.loops, 1)
+        whole("loops", self.loops, 1)
         if self.backprop is not None:
-            _whole("backprop", self.backprop, 1)
+            whole("backprop", self.backprop, 1)
 
     @property
     def mean(self) -> float:
@@ -129,10 +130,10 @@ class Uniform:
     backprop: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("low", self.low, 1)
-        _whole("high", self.high, self.low)
+        whole("low", self.low, 1)
+        whole("high", self.high, self.low)
         if self.backprop is not None:
-            _whole("backprop", self.backprop, 1)
+            whole("backprop", self.backprop, 1)
 
     @property
     def mean(self) -> float:
@@ -165,11 +166,9 @@ class LogNormalPoisson:
     backprop: int = 8
 
     def __post_init__(self) -> None:
-        for name, value in (("rate", self.rate), ("sigma", self.sigma)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value <= 0:
-                raise ConfigError(f"{name} = {value!r} is not allowed: it must be a finite number above 0")
-        _whole("backprop", self.backprop, 1)
+        number("rate", self.rate, 0, above=True)
+        number("sigma", self.sigma, 0, above=True)
+        whole("backprop", self.backprop, 1)
 
     @property
     def mean(self) -> float:
@@ -204,8 +203,8 @@ class Progressive:
     grad: int
 
     def __post_init__(self) -> None:
-        _whole("free", self.free, 0)
-        _whole("grad", self.grad, 1)
+        whole("free", self.free, 0)
+        whole("grad", self.grad, 1)
 
     @property
     def mean(self) -> float:
@@ -257,8 +256,3 @@ def _together(totals: Tensor, backprop: int | None) -> LoopPlan:
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
-
-
-def _whole(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name} = {value!r} is not allowed: it must be a whole number of at least {low}")

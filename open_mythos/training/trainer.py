@@ -204,17 +204,20 @@ def _finish(
 
 def _by_first(world: World, work: Callable[[], Any]) -> Any:
     """What ``work``, done by the first process, returns as JSON has it, or its error: on every process."""
-    result, trouble, cause = None, None, None
+    result, trouble = None, None
+    cause: Exception | None = None
     if world.is_main:
         try:
             result = work()
-        except (ConfigError, CheckpointError) as error:
+        except Exception as error:
             cause, trouble = error, [type(error).__name__, str(error)]
     result, trouble = world.broadcast([result, trouble])
     if cause is not None:
         raise cause
     if trouble is not None:
-        raise (ConfigError if trouble[0] == "ConfigError" else CheckpointError)(trouble[1])
+        name, text = trouble
+        kinds = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
+        raise kinds[name](text) if name in kinds else RuntimeError(f"process 0 failed: {name}: {text}")
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from open_mythos.config import ConfigError
 from open_mythos.training.checkpoint import CheckpointError, find_checkpoint
@@ -226,6 +227,24 @@ def test_what_the_machine_cannot_do_is_refused(root: Path, tmp_path: Path, overr
     with pytest.raises(ConfigError, match=words):
         train(config(root, "parallel.device=cpu", override), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("optim.kind=muon", "loops.per=sequence"), ("parallel.precision=bf16", "parallel.recompute=loop")],
+    ids=["muon", "bf16"],
+)
+def test_every_way_to_train_resumes_bit_for_bit(root: Path, tmp_path: Path, overrides: tuple[str, ...]):
+    cfg = config(root, *overrides)
+    whole = train(cfg, tmp_path / "whole")
+    half = train(cfg, tmp_path / "half", stop_at=3)
+    train(cfg, half, resume=True)
+    one, other = (find_checkpoint(out / "checkpoints").path.glob("*.safetensors") for out in (whole, half))
+    first, second = load_file(next(one)), load_file(next(other))
+    assert set(first) == set(second)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert any("momentum_buffer" in name for name in first) == ("optim.kind=muon" in overrides)
 
 
 @pytest.mark.gpu
