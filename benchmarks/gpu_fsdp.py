@@ -54,7 +54,7 @@ TOY: dict[str, Any] = {
     "n_experts_per_tok": 2, "expert_dim": 32,
 }  # fmt: skip
 LOOPS = 8
-WAYS = ("fsdp", "fsdp_captured", "replicated")
+WAYS = ("one_uncaptured", "fsdp", "fsdp_captured", "replicated")
 
 
 class Bench:
@@ -110,14 +110,8 @@ class Bench:
         ids = self.build(world, world.size)
         parallelize(self.objective, world, compile=self.compile, precision="bf16")
 
-        def descend(batch: dict[str, Tensor], divisor: Tensor) -> Tensor:
-            loss = self.objective(batch, self.plan, divisor)
-            loss.backward()
-            return loss.detach()
-
-        if capture and not self.toy:
-            return self.step(Whole(self.objective, descend), ids, world)
-        return self.step(descend, ids, world)
+        gradients = Gradients(self.objective, capture=capture, sharded=True)
+        return self.step(lambda batch, divisor: gradients(batch, self.plan, divisor), ids, world)
 
     def replicated(self, world: World) -> Callable[[int], Tensor]:
         """Whole on each rank."""
@@ -178,42 +172,6 @@ class Bench:
         return figures | {"gpus": self.ranks, "ranks": ranks}
 
 
-class Whole:
-    """A descent with its collectives as one CUDA graph."""
-
-    def __init__(self, objective: Objective, descend: Callable[[dict[str, Tensor], Tensor], Tensor]) -> None:
-        self.objective, self.descend = objective, descend
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, batch: dict[str, Tensor], divisor: Tensor) -> Tensor:
-        """Add the gradients of a batch; returns its loss."""
-        if self.graph is None:
-            self._capture(batch, divisor)
-        for name, value in batch.items():
-            self.inputs[name].copy_(value)
-        assert self.graph is not None
-        self.graph.replay()
-        for parameter, grad in self.grads:
-            parameter.grad = grad
-        return self.loss.clone()
-
-    def _capture(self, batch: dict[str, Tensor], divisor: Tensor) -> None:
-        self.inputs = {name: value.clone() for name, value in batch.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.descend(self.inputs, divisor)
-                self.objective.zero_grad(set_to_none=True)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.loss = self.descend(self.inputs, divisor)
-        self.grads = [(p, p.grad) for p in self.objective.parameters() if p.grad is not None]
-        self.graph = graph
-
-
 def measure(bench: Bench, world: World, build: Callable[[], Callable[[int], Tensor]]) -> dict[str, Any]:
     """The figures, or what went wrong; the memory is free again afterwards."""
     began, step = time.perf_counter(), None
@@ -236,6 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--attn", choices=["mla", "gqa"], default="mla")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--rows", type=int, default=8, help="sequences of 1024 tokens on each GPU and step")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--toy", action="store_true", help="toy size on the CPU, to try the script")
     parser.add_argument("--out", help="JSON file for the figures")
@@ -244,6 +203,7 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.set_device(local)
     bench = Bench(arguments.toy, arguments.attn, not arguments.no_compile)
+    bench.batch = bench.batch if arguments.toy else arguments.rows
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
@@ -259,6 +219,8 @@ def main() -> None:
     lonely = World(device=torch.device(device, local) if device == "cuda" else torch.device("cpu"))
     if os.environ.get("RANK", "0") == "0":
         for name, capture in (("one_uncaptured", False), ("one", True)):
+            if not capture and name not in arguments.ways:
+                continue
             report[name] = measure(bench, lonely, lambda capture=capture: bench.alone(lonely, capture))
             print(name, json.dumps(report[name]), flush=True)
         done.touch()

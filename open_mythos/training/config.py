@@ -180,7 +180,8 @@ class ParallelConfig:
         precision: of the matrix products, "fp32" or "bf16". Parameters, and what must not be rounded (norms,
             injection, router bias and counts, loss), stay in float32.
         compile: compile the step with torch.compile.
-        graphs: start the step's kernels as CUDA graphs, on one GPU; see :mod:`open_mythos.training.gradients`.
+        graphs: start the step's kernels as CUDA graphs; see :mod:`open_mythos.training.gradients`. On several GPUs
+            only without accumulation.
         recompute: what backward computes again instead of keeping: "none", "selective" or "loop"; see
             :mod:`open_mythos.training.acceleration`.
         replicas: whole copies of the parameters; each is sharded over world size / replicas processes.

@@ -44,14 +44,22 @@ class Gradients:
     Captured, a parameter that the loss does not reach gets a gradient of zeros.
 
     Args:
-        objective: what is descended; not sharded.
+        objective: what is descended.
         dtype: that of the matrices inside; see :func:`~open_mythos.training.acceleration.lowered`.
         capture: use CUDA graphs. A graph keeps the shapes it was captured with and the parameters' places:
             other shapes are captured anew, and moved parameters discard all graphs.
+        sharded: the objective is sharded over processes. Then the collectives are part of the graphs, one for
+            each plan; a plan that starts sequences at different loops runs uncaptured.
     """
 
-    def __init__(self, objective: Objective, dtype: torch.dtype | None = None, capture: bool = False) -> None:
-        self.objective, self.dtype, self.capture = objective, dtype, capture
+    def __init__(
+        self,
+        objective: Objective,
+        dtype: torch.dtype | None = None,
+        capture: bool = False,
+        sharded: bool = False,
+    ) -> None:
+        self.objective, self.dtype, self.capture, self.sharded = objective, dtype, capture, sharded
         self._graphs: dict[Key, _Captured] = {}
         self._inputs: dict[Key, dict[str, Tensor]] = {}
         self._grads: dict[nn.Parameter, Tensor] = {}
@@ -79,12 +87,17 @@ class Gradients:
         """
         if targets is None:
             targets = (batch["targets"] != -100).sum()
-        if not (self.capture and capture and batch["ids"].is_cuda):
+        captured = capture and self._captures(batch)
+        if not captured or (self.sharded and plan.starts is not None):
             with lowered(self.objective, self.dtype):
                 loss = self.objective(batch, plan, targets)
                 loss.backward()
             return loss.detach()
-        return self._replay(batch, plan, torch.as_tensor(targets, device=batch["ids"].device))
+        replay = self._replay_whole if self.sharded else self._replay
+        return replay(batch, plan, torch.as_tensor(targets, device=batch["ids"].device))
+
+    def _captures(self, batch: Mapping[str, Tensor]) -> bool:
+        return self.capture and batch["ids"].is_cuda
 
     def _replay(self, batch: Mapping[str, Tensor], plan: LoopPlan, targets: Tensor) -> Tensor:
         self._heed_moves()
@@ -110,8 +123,39 @@ class Gradients:
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         return captured.loss.clone() if captured.loss is not None else torch.zeros(())
 
+    def _replay_whole(self, batch: Mapping[str, Tensor], plan: LoopPlan, targets: Tensor) -> Tensor:
+        """Everything from the batch to sharded gradients in one graph, its collectives between the kernels."""
+        self._heed_moves()
+        shape = tuple((name, tuple(value.shape)) for name, value in sorted(batch.items()))
+        sort: Key = (shape, self.objective.training, ())
+        key = (*sort, plan.n_free, plan.n_grad)
+        if key not in self._graphs and len(self._graphs) >= _MOST:
+            return self(batch, plan, targets, capture=False)
+        inputs = self._fill(sort, batch, targets)
+        parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        # Cloned, for what is there may be the graph's own of the batch before.
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
+        captured = self._run(key, inputs, lambda i: self._whole(i, plan, parameters))
+        loss, grads = captured.held
+        for p, old, grad in zip(parameters, before, grads, strict=True):
+            p.grad = grad if old is None else old if grad is None else old.add_(grad)
+        return loss.clone()
+
+    def _whole(
+        self, inputs: dict[str, Tensor], plan: LoopPlan, parameters: list[nn.Parameter]
+    ) -> tuple[Any, ...]:
+        batch = {name: inputs[name] for name in ("ids", "targets", "document_ids") if name in inputs}
+        loss = self.objective(batch, plan, inputs["divisor"])
+        loss.backward()
+        grads = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return loss.detach(), grads
+
     def _heed_moves(self) -> None:
-        places = [p.data_ptr() for p in self.objective.parameters()]
+        places = [getattr(p, "_local_tensor", p).data_ptr() for p in self.objective.parameters()]
         if places != self._places:
             self._graphs.clear()
             self._inputs.clear()
@@ -192,15 +236,17 @@ class Gradients:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            for _ in range(3):
                 work(inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
         torch._foreach_copy_(buffers, before)
         torch.cuda.set_rng_state(noise, device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Thread-local: NCCL's watchdog may ask the device something meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             held = work(inputs)
         return _Captured(graph, held[0] if isinstance(held[0], Tensor) else None, held)
 

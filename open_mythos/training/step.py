@@ -58,8 +58,12 @@ class Step:
         self.trained = [p for p in state.model.parameters() if p.requires_grad]
         # Under sharding the parameters are cast when they are gathered.
         narrow = config.parallel.precision == "bf16" and world.size == 1
-        graphs = config.parallel.graphs and world.size == 1
-        self.gradients = Gradients(objective, torch.bfloat16 if narrow else None, capture=graphs)
+        self.gradients = Gradients(
+            objective,
+            torch.bfloat16 if narrow else None,
+            capture=config.parallel.graphs,
+            sharded=world.size > 1,
+        )
         # In all, in a row up to now, and the longest row since the last look.
         self.skips = torch.tensor([state.skips, state.skips_in_row, 0], device=world.device)
 
