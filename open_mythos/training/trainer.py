@@ -62,8 +62,12 @@ def spread(
         ConfigError: the data is not there or does not fit, or [parallel] does not fit the world.
     """
     how = config.parallel
-    if how.graphs and (world.size > 1 or world.device.type != "cuda"):
-        raise ConfigError("parallel.graphs = True is not allowed: it needs one process, on a CUDA device")
+    if how.graphs and world.device.type != "cuda":
+        raise ConfigError("parallel.graphs = True is not allowed: it needs a CUDA device")
+    if how.graphs and world.size > 1 and config.train.accumulate > 1:
+        raise ConfigError(
+            "parallel.graphs = True is not allowed: on several processes it needs train.accumulate = 1"
+        )
     data, report = train_stream(config, world.rank, world.size)
     _check_same_data(data, world)
     torch.manual_seed(config.train.seed)
