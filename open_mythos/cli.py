@@ -19,8 +19,6 @@ from open_mythos.config import ConfigError, MythosConfig
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from rich.table import Table
-
     from open_mythos.tokenizer import MythosTokenizer
 
 __all__ = ["app", "main"]
@@ -191,21 +189,22 @@ def prepare(
     data = load_config(config, overrides or ()).data
     if data.is_task:
         raise ConfigError(f"data.source = {data.source!r} is not allowed: a task makes its data as it goes")
+    from open_mythos.tables import new_table, show
     from open_mythos.training.prepare import prepare as make
 
     prepared = make(data, lambda text: print(text, file=sys.stderr, flush=True))
     report = prepared.report()
-    table = _table(
+    table = new_table(
         "Documents and tokens", "split", "documents", "tokens", f"blocks of {data.options['seq_len']}"
     )
     for name, split in report["splits"].items():
         blocks = prepared.blocks(name, data.options["seq_len"])
         table.add_row(name, *(f"{n:,}" for n in (split["documents"], split["tokens"], blocks)))
-    bad = _table("Bad records, left out", "reason", "records", "the first")
+    bad = new_table("Bad records, left out", "reason", "records", "the first")
     first = {found["reason"]: found["where"] for found in reversed(prepared.located())}
     for reason, count in report["bad"].items():
         bad.add_row(reason, f"{count:,}", first.get(reason, "see the report"))
-    _show(table, *([bad] if report["bad"] else []))
+    show(table, *([bad] if report["bad"] else []))
     print(prepared.folder)
 
 
@@ -315,6 +314,7 @@ def evaluate(
 
 def _evaluate(run: Path, record: dict[str, Any], counts: list[int] | None) -> None:
     """Sweep over loops, write eval.json, show it."""
+    from open_mythos.tables import new_table, show
     from open_mythos.training.checkpoint import write_json
     from open_mythos.training.config import RunConfig
     from open_mythos.training.evaluate import sweep
@@ -323,18 +323,14 @@ def _evaluate(run: Path, record: dict[str, Any], counts: list[int] | None) -> No
 
     config = RunConfig.from_dict(record["config"])
     with cpu_threads(config.train.threads):
-        result = sweep(
-            from_pretrained(_model_folder(run)),
-            config,
-            record,
-            counts,
-            _tell,
-        )
+        result = sweep(from_pretrained(_model_folder(run)), config, record, counts, _tell)
     write_json(run / "eval.json", result)
-    table = _table(f"{result['task']}: {result['metric']} against loops", "split", *map(str, result["loops"]))
+    table = new_table(
+        f"{result['task']}: {result['metric']} against loops", "split", *map(str, result["loops"])
+    )
     for name, split in result["splits"].items():
         table.add_row(name, *(f"{value:.3f}" for value in split["values"]))
-    _show(table)
+    show(table)
     print(f"trained with {result['trained_mean']:.1f} loops on average, at most {result['trained_max']}")
 
 
@@ -362,6 +358,7 @@ def inspect(
 ) -> None:
     """Count parameters, FLOPs and cache bytes."""
     from open_mythos import accounting
+    from open_mythos.tables import cache_table, flops_table, parameter_table, show
 
     cfg, folder = _resolve(target)
     counts = _counts("loops", loops) if loops else sorted({1, 2, 4, 8, 16, cfg.max_loop_iters})
@@ -376,12 +373,14 @@ def inspect(
         )
         for change in changes:
             print(f"  {change}")
-    _show(_parameter_table(cfg), _flops_table(cfg, counts, context), _cache_table(cfg))
+    show(parameter_table(cfg), flops_table(cfg, counts, context), cache_table(cfg))
     if folder is not None and budget is None:
+        from open_mythos import kernels
         from open_mythos.model import spectral_radius
         from open_mythos.weights import from_pretrained
 
         print(f"spectral radius ρ(A) = {spectral_radius(from_pretrained(folder)):.6f}, stable below 1")
+        print(kernels.status())
 
 
 @app.command(epilog=_examples("mythos report runs/demo/parity runs/demo/lm --out runs/demo/report.html"))
@@ -475,64 +474,6 @@ def _resolve(target: str) -> tuple[MythosConfig, Path | None]:
     close = difflib.get_close_matches(target, VARIANTS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"the variants are {', '.join(VARIANTS)}"
     raise ConfigError(f"{target!r} is not a variant, a .toml config, a run or a saved model; {hint}")
-
-
-def _table(title: str, first: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _show(*tables: Table) -> None:
-    from rich.console import Console
-
-    console = Console()
-    # Wide enough for its tables when nobody watches; a terminal has the width that it has.
-    if not console.is_terminal:
-        console = Console(width=max(100, console.width))
-    for table in tables:
-        console.print(table)
-
-
-def _parameter_table(cfg: MythosConfig) -> Table:
-    from open_mythos.accounting import parameters
-
-    count = parameters(cfg)
-    table = _table("Parameters", "part", "parameters", "share")
-    for part, number in count.parts.items():
-        table.add_row(part, f"{number:,}", f"{number / count.total:.1%}")
-    table.add_section()
-    table.add_row("all", f"{count.total:,}", "100.0%")
-    table.add_row("active for one token", f"{count.active:,}", f"{count.active / count.total:.1%}")
-    return table
-
-
-def _flops_table(cfg: MythosConfig, counts: list[int], context: int) -> Table:
-    from open_mythos.accounting import flops_per_token, format_count
-
-    table = _table(f"FLOPs of one token's forward pass, context {context}", "loops", "FLOPs", "of 1 loop")
-    once = flops_per_token(cfg, 1, context=context)
-    for loops in counts:
-        flops = flops_per_token(cfg, loops, context=context)
-        table.add_row(str(loops), format_count(flops), f"{flops / once:.2f}×")
-    return table
-
-
-def _cache_table(cfg: MythosConfig) -> Table:
-    from open_mythos.accounting import POLICIES, kv_table
-
-    title = f"Cache, bytes per token at {cfg.max_loop_iters} loops, bfloat16"
-    table = _table(title, "attention", *POLICIES)
-    cells = kv_table(cfg)
-    for attention in ("gqa", "mla"):
-        name = f"{attention} (this config)" if attention == cfg.attn_type else attention
-        table.add_row(name, *(f"{cells[attention, policy]:,}" for policy in POLICIES))
-    return table
 
 
 if __name__ == "__main__":

@@ -44,10 +44,11 @@ TABLE = {
     "inference": Row("config model tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),
     "demo": Row("config training", "rich"),
+    "tables": Row("accounting config", "rich"),
     "__init__": Row("analysis config inference model tokenizer training variants weights", "torch"),
     "cli": Row(
-        "__init__ accounting analysis config demo inference kernels main model ops tasks tokenizer training "
-        "variants weights",
+        "__init__ accounting analysis config demo inference kernels main model ops tables tasks tokenizer "
+        "training variants weights",
         "numpy rich tomli torch typer",
     ),
 }
