@@ -449,7 +449,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def spectral_radius(model: OpenMythos) -> float:
     """ρ(A) of the injection: the largest decay, strictly inside (0, 1)."""
-    return float(model.recurrent.injection.get_A().detach().max())
+    radius: Any = model.recurrent.injection.get_A().detach().max()
+    # Of a sharded model, all shards' largest; every rank must ask.
+    return float(radius.full_tensor() if hasattr(radius, "full_tensor") else radius)
 
 
 def rescale_spectral_radius(model: OpenMythos, limit: float = 0.9) -> float:

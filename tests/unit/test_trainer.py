@@ -217,7 +217,7 @@ def test_processes_that_torchrun_restarted_resume_unasked(
     [
         (
             "parallel.graphs=true",
-            "parallel.graphs = True is not allowed: it needs one process, on a CUDA device",
+            "parallel.graphs = True is not allowed: it needs a CUDA device",
         ),
         ("parallel.recompute=selective", "recompute = 'selective' is not allowed: it needs compile = true"),
         ("parallel.replicas=2", "replicas = 2 is not allowed"),
