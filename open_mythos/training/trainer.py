@@ -182,12 +182,12 @@ def _run(
         row = step(read)
         state.seconds = before + time.perf_counter() - began
         saving = bool(save_every) and state.step % save_every == 0
-        if read or saving or eager:
-            step.check()
         if row is not None:
             row["seconds"] = state.seconds
             trackers.log(row)
         progress.update(state.step, row)
+        if read or saving or eager:
+            step.check()
         if row is not None and (why := step.monitor.verdict()):
             raise TrainingError(why)
         if saving:
