@@ -60,6 +60,7 @@ class Bench:
         self.toy = toy
 
     def ids(self, batch: int = 0, length: int = 0) -> Tensor:
+        """Random ids (B, S + 1)."""
         shape = (batch or self.batch, (length or self.length) + 1)
         return torch.randint(0, self.config["vocab_size"], shape, device=self.device)
 
@@ -134,6 +135,7 @@ class Dense(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Ids and targets, (B, S) → mean cross entropy."""
         config = self.config
         width = config.qk_rope_head_dim if config.attn_type == "mla" else config.head_dim
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
