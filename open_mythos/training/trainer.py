@@ -133,7 +133,7 @@ def train(
     check_trackers(config.log.trackers)
     world = init_world(config.parallel.device, config.parallel.replicas)
     main = world.is_main
-    if rundir.restarted(out):
+    if _by_first(world, lambda: rundir.restarted(out)):
         resume, overwrite = True, False
     saved = None
     if resume:
