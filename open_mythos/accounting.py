@@ -105,8 +105,9 @@ def flops_per_token(
     """Floating-point operations of one token's forward pass, 2 for each multiply-add of a matrix product.
 
     Counted: every projection, scores and weighted values of attention over ``context`` keys, router, k routed
-    and all shared experts, the weighted sum of the routed ones, per-loop LoRA, halting head, output head.
-    Not counted: embedding lookup, norms, softmax, activations, rotary positions, the linear injection.
+    and all shared experts, per-loop LoRA, halting head, output head.
+    Not counted: embedding lookup, norms, softmax, activations and their weights, rotary
+    positions, the linear injection.
 
     A whole sequence of S tokens through dense attention costs S times this at ``context=S``; what causality
     needs of it is the same at ``context=(S + 1) // 2``. A backward pass costs about twice a forward.
@@ -127,7 +128,7 @@ def flops_per_token(
     D, k = cfg.dim, cfg.n_experts_per_tok
     attention = _attention_products(cfg, context, decode)
     dense = attention + 3 * D * cfg.dense_dim
-    experts = 3 * D * (k * cfg.expert_dim + cfg.shared_dim) + D * cfg.n_experts + k * D
+    experts = 3 * D * (k * cfg.expert_dim + cfg.shared_dim) + D * cfg.n_experts
     loop = attention + experts + 2 * D * cfg.lora_rank + (0 if cfg.halting == "off" else D)
     layers = cfg.prelude_layers + cfg.coda_layers
     return 2 * (layers * dense + loops * loop + D * cfg.vocab_size)

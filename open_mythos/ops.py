@@ -453,7 +453,9 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tenso
         (N, F).
     """
     blocks = x.split(counts.tolist())
-    return torch.cat([block @ w for block, w in zip(blocks, weight.unbind(), strict=True)])
+    # Viewed in its own shape, which a compiler cannot add up from the blocks.
+    products = torch.cat([block @ w for block, w in zip(blocks, weight.unbind(), strict=True)])
+    return products.view(x.shape[0], weight.shape[2])
 
 
 def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:

@@ -62,8 +62,9 @@ def spread(
         ConfigError: the data is not there or does not fit, or [parallel] does not fit the world.
     """
     how = config.parallel
-    if how.graphs and world.device.type != "cuda":
-        raise ConfigError("parallel.graphs = True is not allowed: it needs a CUDA device")
+    for name in ("compile", "graphs"):
+        if getattr(how, name) and world.device.type != "cuda":
+            raise ConfigError(f"parallel.{name} = True is not allowed: it needs a CUDA device")
     if how.graphs and world.size > 1 and config.train.accumulate > 1:
         raise ConfigError(
             "parallel.graphs = True is not allowed: on several processes it needs train.accumulate = 1"

@@ -297,4 +297,4 @@ def test_the_compiled_model_computes_the_same() -> None:
     ids = torch.randint(0, model.cfg.vocab_size, (2, 6))
     plain = model(ids, n_loops=2)
     compiled = torch.compile(model, backend="aot_eager")(ids, n_loops=2)
-    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)

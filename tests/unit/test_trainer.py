@@ -215,10 +215,8 @@ def test_processes_that_torchrun_restarted_resume_unasked(
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        (
-            "parallel.graphs=true",
-            "parallel.graphs = True is not allowed: it needs a CUDA device",
-        ),
+        ("parallel.graphs=true", "parallel.graphs = True is not allowed: it needs a CUDA device"),
+        ("parallel.compile=true", "parallel.compile = True is not allowed: it needs a CUDA device"),
         ("parallel.recompute=selective", "recompute = 'selective' is not allowed: it needs compile = true"),
         ("parallel.replicas=2", "replicas = 2 is not allowed"),
     ],
