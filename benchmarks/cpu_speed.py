@@ -82,8 +82,9 @@ def measure(side: str, upstream: str, training: bool, generation: bool) -> dict[
 
     result = {}
     if training:
-        train()
-        result["train"] = rate(train, BATCH * LENGTH, 4)
+        for _ in range(2):  # the first steps of either side are slow: memory is new
+            train()
+        result["train"] = rate(train, BATCH * LENGTH, 8)
     if not generation:
         return result
     model.eval()
