@@ -38,6 +38,7 @@ _STDLIB_SKIPPED = frozenset(
     {"__pycache__", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
 )
 _CHUNK = 2**20
+_PIECE = 2**10
 
 
 class Record(NamedTuple):
@@ -223,7 +224,9 @@ def _jsonl(name: str, path: Path, data: DataConfig) -> Iterator[Record]:
     # An escape takes six characters, and other fields of a record some more.
     limit = 6 * data.options["max_document_chars"] + _CHUNK
     try:
-        for number, line in enumerate(_lines(path, limit), start=1):
+        # What a read had in hand when it met the cut is lost, so near one they are small.
+        piece = _CHUNK if fault is None else _PIECE
+        for number, line in enumerate(_lines(path, limit, piece), start=1):
             yield _json_record(f"{name}:{number}", line, key)
     except (EOFError, OSError):
         if fault is None:
@@ -265,14 +268,14 @@ def _json_record(where: str, line: bytes | None, key: str) -> Record:
     return Record(where, text) if isinstance(text, str) else Record(where, None, "not text", key)
 
 
-def _lines(path: Path, limit: int) -> Iterator[bytes | None]:
-    """Lines without their end; None for one longer than ``limit``. Only LF ends a line: JSON strings may hold U+2028
+def _lines(path: Path, limit: int, piece: int) -> Iterator[bytes | None]:
+    """Lines without their end, from reads of ``piece`` bytes; None for one longer than ``limit``. Only LF ends a line: JSON strings may hold U+2028
     and its like unescaped.
     """
     held: list[bytes] = []
     size = 0
     with _opened(path) as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read1(piece):
             head, *lines = chunk.split(b"\n")
             size += len(head)
             held.append(head)

@@ -126,6 +126,20 @@ def test_a_compressed_file_that_was_cut_gives_its_whole_lines(tmp_path: Path, su
     assert Counter(bytes(d).decode() for d in all_documents(prepared)) == Counter(rows[:kept])
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_small_compressed_file_that_was_cut_gives_its_whole_lines(tmp_path: Path, suffix: str):
+    """Smaller than what is read at a time, so that the first read meets the cut."""
+    rng = random.Random(0)
+    rows = ["".join(rng.choices("abcdefgh", k=400)) for _ in range(1500)]
+    data = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
+    packed = gzip.compress(data) if suffix == ".gz" else pa.compress(data, codec="zstd", asbytes=True)
+    (tmp_path / f"x.jsonl{suffix}").write_bytes(packed[: len(packed) * 3 // 4])
+    prepared = make(tmp_path)
+    kept = prepared.index["documents"]
+    assert 750 < kept < 1500
+    assert prepared.located()[0]["where"] == f"x.jsonl{suffix}:{kept + 1}"
+
+
 def test_nothing_of_a_damaged_compressed_file_is_trained_on(tmp_path: Path):
     """A flipped bit in stored text, which only the checksum at the end of the file tells."""
     jsonl(tmp_path / "good.jsonl", ["good"] * 30)
