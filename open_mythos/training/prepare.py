@@ -289,7 +289,6 @@ class _Builder:
         """Documents with their splits: whole ones by their names, or, where there are few, each cut in three."""
         held: list[Record] | None = []
         for record in records:
-            self.documents += 1
             if held is None:
                 yield _Document(split_of_name(record.where), record.text)
                 continue
@@ -297,9 +296,10 @@ class _Builder:
             if len(held) == FEW_DOCUMENTS:
                 yield from (_Document(split_of_name(early.where), early.text) for early in held)
                 held = None
-        self.cut = held is not None
-        for record in held or ():
-            yield from _cut(record.text)
+        if held is not None:
+            self.cut, self.documents = True, len(held)
+            for record in held:
+                yield from _cut(record.text)
 
     def _write(self, batch: list[_Document]) -> bool:
         """Encode and write; whether ``max_tokens`` has been reached."""
@@ -308,9 +308,9 @@ class _Builder:
         full = bool(most) and self.tokens + int(ends[-1]) >= most
         if full:
             kept = int(np.searchsorted(ends, most - self.tokens)) + 1
-            self.documents -= 0 if self.cut else len(batch) - kept
             batch, lengths, ids = batch[:kept], lengths[:kept], ids[: int(ends[kept - 1])]
         self.tokens += len(ids)
+        self.documents += 0 if self.cut else len(batch)
         splits = np.array([document.split for document in batch])
         owner = np.repeat(splits, lengths)
         for number, writer in enumerate(self.writers):

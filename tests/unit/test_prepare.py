@@ -246,6 +246,16 @@ def test_max_tokens_stops_after_whole_documents_in_order(tmp_path: Path):
     assert Counter(bytes(d).decode() for d in all_documents(prepared)) == Counter(rows[:101])
 
 
+def test_documents_that_max_tokens_leaves_out_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Although the first twenty are read together, to know whether there are that many."""
+    monkeypatch.setattr("open_mythos.training.prepare._BATCH_BYTES", 1)
+    prepared = make(jsonl(tmp_path / "x.jsonl", ["some text"] * 30), max_tokens=15)
+    assert prepared.index["documents"] == 2
+    assert sum(split["documents"] for split in prepared.index["splits"].values()) == 2
+
+
 def test_without_locks_two_may_prepare_and_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = jsonl(tmp_path / "x.jsonl", ["some text"] * 30)
     cache = tmp_path / "cache"
