@@ -77,7 +77,7 @@ class _Plan:
         self.fields: dict[str, Any] = {}
         self.layers: list[kernels.Layer] | None = None  # None: the plain path must run
         if not self._seen[0]:
-            with suppress(_WatchedError):
+            with suppress(_WatchedError, AttributeError):  # another class may lack what its place has
                 self.fields, self.layers = _read(model)
 
     def _now(self) -> tuple[bool, list[Any], list[Any]]:
@@ -149,8 +149,10 @@ class Decoder:
         self._model, self._plan, self._cache, self._fed = model, plan, cache, 0
         self._width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
         seen = None if cache.segments is None else cache.segments == 0  # the document that is not padding
-        first = torch.tensor([[past]]) if seen is None else seen.sum(1, keepdim=True)
-        rope = rope_table(first + torch.arange(count), self._width, cfg.rope_theta)
+        # Named, because the default may be another device, and the kernel is about to read this memory.
+        cpu = torch.device("cpu")
+        first = torch.tensor([[past]], device=cpu) if seen is None else seen.sum(1, keepdim=True)
+        rope = rope_table(first + torch.arange(count, device=cpu), self._width, cfg.rope_theta)
         self._call = plan.step(batch, 1, n_loops, _slots(cfg, cache, rope, batch, count, n_loops))
         self._call.set_rope(rope)
         if seen is not None:
@@ -300,6 +302,8 @@ def _layer(block: TransformerBlock, cfg: MythosConfig) -> kernels.Layer:
     if type(ffn) is MoEFFN:
         _check(ffn, MoEFFN)
         count, hidden = cfg.n_experts, cfg.expert_dim
+        if not 1 <= ffn.topk <= count:  # the C code would look for an expert that is not there
+            raise _WatchedError
         fields["router"] = _linear(ffn.router, count, width)
         fields["router_bias"] = _address(ffn, "router_bias", count)
         fields["w_in"] = _address(ffn, "w_in", count, width, 2 * hidden)

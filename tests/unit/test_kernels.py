@@ -368,6 +368,44 @@ def test_a_method_replaced_on_its_class_is_called(kind, name, monkeypatch):
     assert calls
 
 
+class _Around(torch.nn.Module):
+    """Another module in a module's place, without any of its attributes."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **named):
+        return self.inner(*args, **named)
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", [{}, GQA], ids=["mla", "gqa"])
+@pytest.mark.parametrize("name", ["ffn", "attn", "ffn_norm"])
+def test_a_module_of_another_class_is_called(name, sizes, monkeypatch):
+    model, own = model_of(**sizes), greedy(model_of(**sizes))
+    setattr(model.recurrent.block, name, _Around(getattr(model.recurrent.block, name)))
+    assert steps_of(model, monkeypatch) == 0
+    assert greedy(model) == own
+
+
+@needs_kernels
+def test_more_experts_a_token_than_there_are_is_refused_by_pytorch():
+    """The kernel would read and write beyond its arrays."""
+    model = model_of()
+    model.recurrent.block.ffn.topk = 7
+    with pytest.raises(RuntimeError, match="out of range"):
+        greedy(model)
+
+
+@needs_kernels
+def test_another_default_device_does_not_reach_the_kernel():
+    model = model_of()
+    prompt, own = torch.zeros(1, 2, dtype=torch.int64), greedy(model)
+    with torch.device("meta"):
+        assert model.generate(prompt, 4, 2, temperature=0)[0].tolist() == own
+
+
 CHANGES = {
     "in place": lambda m: m.recurrent.block.attn.wo.weight.mul_(3),
     "data": lambda m: setattr(m.recurrent.block.ffn.w_in, "data", m.recurrent.block.ffn.w_in * 2),
