@@ -269,8 +269,8 @@ def _json_record(where: str, line: bytes | None, key: str) -> Record:
 
 
 def _lines(path: Path, limit: int, piece: int) -> Iterator[bytes | None]:
-    """Lines without their end, from reads of ``piece`` bytes; None for one longer than ``limit``. Only LF ends a line: JSON strings may hold U+2028
-    and its like unescaped.
+    """Lines without their end, from reads of ``piece`` bytes; None for one longer than ``limit``. Only LF ends a line:
+    JSON strings may hold U+2028 and its like unescaped.
     """
     held: list[bytes] = []
     size = 0
