@@ -67,7 +67,13 @@ def linear_cross_entropy(
         A scalar, float32 or wider.
     """
     rows = softmax_gradient if rows is None else rows
-    return _LinearCrossEntropy.apply(x, weight, targets, divisor, ignore_index, rows, torch.is_grad_enabled())
+    rest = (weight, targets, divisor, ignore_index, rows, torch.is_grad_enabled())
+    if not torch.is_autocast_enabled(x.device.type):
+        return _LinearCrossEntropy.apply(x, *rest)
+    # What autocast would do to a linear layer; inside, it would narrow products but not where they are written.
+    x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype == torch.float32 else x
+    with torch.autocast(x.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(x, *rest)
 
 
 def softmax_gradient(

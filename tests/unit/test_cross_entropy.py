@@ -78,3 +78,15 @@ def test_a_target_out_of_the_vocabulary_is_refused() -> None:
     targets[1] = V
     with pytest.raises((RuntimeError, IndexError)):
         linear_cross_entropy(x, weight, targets, divisor)
+
+
+def test_under_autocast_it_is_the_linear_layers_product_in_low_precision() -> None:
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    targets = torch.tensor([0, 4, -100, 2, 1, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, targets, torch.tensor(5))
+        wanted = linear_cross_entropy_reference(x, weight, targets, torch.tensor(5))
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+    got = torch.autograd.grad(loss, (x, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(wanted, (x, weight)), rtol=0, atol=1e-2)
+    assert [grad.dtype for grad in got] == [torch.float32] * 2
