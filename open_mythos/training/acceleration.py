@@ -89,7 +89,7 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def lowered(
     module: nn.Module, dtype: torch.dtype | None, into: Mapping[nn.Parameter, Tensor] | None = None
-) -> Iterator[None]:
+) -> Iterator[dict[nn.Parameter, Tensor]]:
     """Inside, every matrix of the module is its copy in ``dtype``, cast once; at the end its gradient is, too.
 
     Cast once a step and not once a loop, and without autocast's choice at every operator. Vectors (norms,
@@ -100,6 +100,9 @@ def lowered(
         module: what is trained.
         dtype: such as ``torch.bfloat16``; None changes nothing.
         into: where to write the gradients of the matrices instead of adding them to ``.grad``.
+
+    Yields:
+        The copies, by what they stand for.
     """
     held = [] if dtype is None else [p for p in module.parameters() if p.dim() >= 2]
     copies: dict[nn.Parameter, Tensor] = {}
@@ -116,7 +119,7 @@ def lowered(
     try:
         for owner, name, p in places:
             owner._parameters[name] = copies[p]  # type: ignore[assignment]
-        yield
+        yield copies
     finally:
         for owner, name, p in places:
             owner._parameters[name] = p

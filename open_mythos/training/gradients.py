@@ -9,8 +9,7 @@ Shape letters: B batch, S sequence, D model width, T loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +170,8 @@ class Gradients:
             dtype = model.embed.weight.dtype if self.dtype is None else self.dtype
             state = torch.zeros((*ids.shape, model.cfg.dim), dtype=dtype, device=ids.device)
             inputs = {name: torch.empty_like(value) for name, value in batch.items()}
-            inputs |= {"h": state, "e": state.clone(), "divisor": targets.clone()}
+            inputs |= {"h": state, "e": state.clone()}
+            inputs["divisor"] = torch.empty_like(targets, dtype=torch.float64)  # counts and shares of counts
             inputs["t"] = torch.zeros(sort[-1], dtype=torch.int64, device=ids.device)
             self._inputs[sort] = inputs
         for name, value in batch.items():
@@ -182,7 +182,8 @@ class Gradients:
     # What is captured. Each reads and writes the inputs in place, and returns what must stay alive.
 
     def _begin(self, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
-        self.objective.model.update_router_bias()
+        if self.objective.model.training:
+            self.objective.model.update_router_bias()
         with torch.no_grad(), lowered(self.objective, self.dtype):
             ctx, e, h = self.objective.begin(inputs)
         inputs["e"].copy_(e)
@@ -204,13 +205,16 @@ class Gradients:
             p.grad = None
             if p not in self._grads:
                 self._grads[p] = torch.zeros_like(p)
-        with lowered(objective, self.dtype, into=self._grads), _bias_held(objective, begun):
-            ctx, e, h = objective.begin(inputs)
-            start = inputs["h"] if begun else h
+        with lowered(objective, self.dtype, into=self._grads) as copies:
+            ctx, e, start = objective.begin(inputs, inputs["h"] if begun else None)
             loss = objective.finish(inputs, ctx, e, start, list(late.unbind()), inputs["divisor"])
             loss.backward()
         left = {p: p.grad for p in parameters if p.grad is not None}
         torch._foreach_copy_([self._grads[p] for p in left], list(left.values()))
+        # What this loss does not reach may hold what another graph wrote, or what clipping made of a NaN.
+        unreached = [self._grads[p] for p in parameters if copies.get(p, p).grad is None]
+        if unreached:
+            torch._foreach_zero_(unreached)
         for p, grad in zip(parameters, kept, strict=True):
             p.grad = grad
         return loss.detach(), ctx
@@ -249,18 +253,3 @@ class Gradients:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             held = work(inputs)
         return _Captured(graph, held[0] if isinstance(held[0], Tensor) else None, held)
-
-
-@contextmanager
-def _bias_held(objective: Objective, begun: bool) -> Iterator[None]:
-    """Where the free loops already moved the router's bias it is not moved again."""
-    if not begun:
-        yield
-        return
-    model: Any = objective.model
-    plain = model.update_router_bias
-    model.update_router_bias = lambda: None
-    try:
-        yield
-    finally:
-        model.update_router_bias = plain

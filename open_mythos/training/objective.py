@@ -86,14 +86,19 @@ class Objective(nn.Module):
 
     # The parts of a forward, in their order.
 
-    def begin(self, batch: Mapping[str, Tensor]) -> tuple[SequenceContext, Tensor, Tensor]:
-        """Context, injected input (B, S, D) and initial state (B, S, D)."""
+    def begin(
+        self, batch: Mapping[str, Tensor], state: Tensor | None = None
+    ) -> tuple[SequenceContext, Tensor, Tensor]:
+        """Context, injected input (B, S, D) and the state to go on from (B, S, D).
+
+        Given a ``state``, to which loops have led already, nothing is drawn and the router's bias stays.
+        """
         model = self.model
         ctx = model.context(batch["ids"], document_ids=batch.get("document_ids"))
-        if model.training and torch.is_grad_enabled():
+        if state is None and model.training and torch.is_grad_enabled():
             model.update_router_bias()
         e = model.prelude(batch["ids"], ctx)
-        return ctx, e, model.initial_state(e)
+        return ctx, e, model.initial_state(e) if state is None else state
 
     @torch.no_grad()
     def settle(self, ctx: SequenceContext, e: Tensor, h: Tensor, indices: Sequence[Tensor]) -> Tensor:

@@ -142,3 +142,51 @@ def test_further_graphs_than_are_kept_run_uncaptured(monkeypatch: pytest.MonkeyP
         gradients(batch(0), LoopPlan(0, n))
     assert gradients.recorded == 1
     assert all(p.grad is not None for p in gradients.objective.parameters())
+
+
+def test_noise_is_drawn_once_captured_or_not() -> None:
+    """A step that runs uncaptured, for a look at the states, must not shift the noise of those after it."""
+    plain = build(initial_state="random")
+    fast = copy.deepcopy(plain)
+    sides = Gradients(plain), Emulated(fast, capture=True)
+    for plan in (LoopPlan(2, 2), LoopPlan(0, 2)):
+        sides[1](batch(0), plan)  # records, which draws
+        drawn = []
+        for side in sides:
+            side.objective.zero_grad(set_to_none=True)
+            torch.manual_seed(1)
+            drawn.append((side(batch(0), plan), torch.rand(1)))
+        torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-12)
+
+
+def test_what_a_loss_does_not_reach_gets_zeros_and_nothing_stale() -> None:
+    objective = build(halting="select")
+    gradients = Emulated(objective, capture=True)
+    halt = objective.model.recurrent.act.halt
+    gradients(batch(0), LoopPlan(0, 3))
+    assert halt.weight.grad is not None
+    assert halt.weight.grad.abs().sum() > 0
+    objective.eval()  # then nothing teaches the halting head
+    for _ in range(2):
+        objective.zero_grad(set_to_none=True)
+        gradients(batch(0), LoopPlan(0, 3))
+        assert halt.weight.grad.abs().sum() == 0
+        halt.weight.grad.fill_(torch.nan)
+
+
+def test_evaluated_routers_keep_their_bias() -> None:
+    objective = build()
+    gradients = Emulated(objective, capture=True)
+    gradients(batch(0), LoopPlan(1, 1))
+    objective.eval()
+    before = [buffer.clone() for buffer in objective.buffers()]
+    gradients(batch(0), LoopPlan(1, 1))
+    for buffer, kept in zip(objective.buffers(), before, strict=True):
+        assert torch.equal(buffer, kept)
+
+
+def test_a_share_of_targets_after_a_whole_count_is_not_rounded() -> None:
+    gradients = Emulated(build(), capture=True)
+    gradients.objective.eval()  # the bias stays, so the loss is the same but for the divisor
+    whole = gradients(batch(0), LoopPlan(0, 1), 2)
+    torch.testing.assert_close(gradients(batch(0), LoopPlan(0, 1), 2.5) * 2.5, whole * 2, rtol=1e-12, atol=0)
