@@ -1,4 +1,4 @@
-"""The command line: ``mythos prepare | train | generate | eval | inspect | report | demo``.
+"""The command line: ``mythos prepare | train | export | generate | eval | inspect | report | demo``.
 
 Every command imports what it needs when it runs, so that help is fast and loads no torch. Exit codes: 0 it
 went well, 1 it failed, 2 it was asked wrongly, 130 it was interrupted.

@@ -24,7 +24,8 @@ RUN_FILES = (
     "run.json", "metrics.jsonl", "eval.json", "model", "adapter", "records", "trackers", "checkpoints",
 )  # fmt: skip
 
-# What may differ when a run goes on: none of it decides what the run computes, to the bit on the same device.
+# What may differ when a run goes on: none of it decides what the run computes, to the bit on the same device, but for
+# train.steps, which the learning rate's schedule ends with.
 _FREE = {"eval", "log", "checkpoint"}
 _FREE_KEYS = {("train", name) for name in ("steps", "log_every", "save_every", "max_skips")}
 _FREE_KEYS |= {("data", name) for name in dataconfig.FREE}
