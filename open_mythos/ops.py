@@ -317,7 +317,14 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """
     if not (scores.is_cuda and torch.compiler.is_compiling()):
         return scores.topk(k, dim=-1).indices
+    return _rounds(scores, k)
+
+
+def _rounds(scores: Tensor, k: int) -> Tensor:
+    """:func:`top_k`, all different whatever the scores: two slots of one expert would send the sort astray."""
     places = torch.arange(scores.shape[-1], device=scores.device)
+    # What overflowed to -inf must still be above what is taken already; NaN stays, and is the largest.
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     chosen: list[Tensor] = []
     for _ in range(k):
         chosen.append(scores.argmax(-1, keepdim=True))
@@ -519,9 +526,14 @@ def expert_mlps_reference(
 
 def expert_mlps(rows: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """:func:`expert_mlps_reference`; compiled for a GPU with a backward that passes over the hidden rows once."""
-    if rows.is_cuda and torch.compiler.is_compiling() and _grouped_mm_serves(rows, w_in):
+    if rows.is_cuda and torch.compiler.is_compiling() and _experts_serve(rows, w_in, w_out):
         return _Experts.apply(rows, w_in, w_out, weights, counts.cumsum(0).to(torch.int32))
     return expert_mlps_reference(rows, w_in, w_out, weights, counts)
+
+
+def _experts_serve(rows: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether both products can be grouped: half of an aligned width, as the gate leaves it, need not be aligned."""
+    return _grouped_mm_serves(rows, w_in) and (w_out.shape[1] * w_out.element_size()) % 16 == 0
 
 
 class _Experts(torch.autograd.Function):

@@ -246,3 +246,22 @@ def test_weights_in_expert_order_and_their_gradient() -> None:
     got = with_gradients(lambda w: ops.sorted_weights(w, order, inverse), weights)
     wanted = with_gradients(lambda w: w.flatten()[order], weights)
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_experts_chosen_in_rounds_differ_whatever_the_scores(bad: float) -> None:
+    """Else a step that overflowed would end the run by an index out of bounds and not be left out."""
+    scores = torch.randn(64, 6)
+    torch.testing.assert_close(ops._rounds(scores, 3), scores.topk(3).indices, rtol=0, atol=0)
+    scores[torch.rand(64, 6) < 0.7] = bad
+    scores[0], scores[1, 0] = bad, float("nan")
+    chosen = ops._rounds(scores, 4).sort(-1).values
+    assert (chosen.diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize(("width", "serves"), [(12, False), (16, True)])
+def test_experts_whose_second_product_is_not_aligned_are_not_grouped(width: int, serves: bool) -> None:
+    rows, w_in, w_out = torch.zeros(4, 16), torch.zeros(2, 16, 2 * width), torch.zeros(2, width, 16)
+    low = [x.bfloat16() for x in (rows, w_in, w_out)]
+    assert ops._grouped_mm_serves(low[0], low[1])
+    assert ops._experts_serve(*low) == serves
