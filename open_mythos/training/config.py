@@ -181,7 +181,7 @@ class ParallelConfig:
             injection, router bias and counts, loss), stay in float32.
         compile: compile the step with torch.compile.
         graphs: start the step's kernels as CUDA graphs; see :mod:`open_mythos.training.gradients`. On several GPUs
-            only without accumulation.
+            only without accumulation. Needs "bf16", and widths that are multiples of 8.
         recompute: what backward computes again instead of keeping: "none", "selective" or "loop"; see
             :mod:`open_mythos.training.acceleration`.
         replicas: whole copies of the parameters; each is sharded over world size / replicas processes.

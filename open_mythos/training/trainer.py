@@ -62,13 +62,7 @@ def spread(
         ConfigError: the data is not there or does not fit, or [parallel] does not fit the world.
     """
     how = config.parallel
-    for name in ("compile", "graphs"):
-        if getattr(how, name) and world.device.type != "cuda":
-            raise ConfigError(f"parallel.{name} = True is not allowed: it needs a CUDA device")
-    if how.graphs and world.size > 1 and config.train.accumulate > 1:
-        raise ConfigError(
-            "parallel.graphs = True is not allowed: on several processes it needs train.accumulate = 1"
-        )
+    _check_device(config, world)
     data, report = train_stream(config, world.rank, world.size)
     _check_same_data(data, world)
     torch.manual_seed(config.train.seed)
@@ -87,6 +81,26 @@ def spread(
     )
     state = TrainState(model, optim.build_optimizer(model, config.optim), data, loops)
     return state, descended, report
+
+
+def _check_device(config: RunConfig, world: World) -> None:
+    how, model = config.parallel, config.model
+    for name in ("compile", "graphs"):
+        if getattr(how, name) and world.device.type != "cuda":
+            raise ConfigError(f"parallel.{name} = True is not allowed: it needs a CUDA device")
+    if not how.graphs:
+        return
+    refused = "parallel.graphs = True is not allowed: "
+    if world.size > 1 and config.train.accumulate > 1:
+        raise ConfigError(refused + "on several processes it needs train.accumulate = 1")
+    # Otherwise the experts are multiplied one by one, for which the host has to know how many tokens each got.
+    if how.precision != "bf16":
+        raise ConfigError(refused + "it needs parallel.precision = 'bf16'")
+    for name in ("dim", "expert_dim"):
+        if getattr(model, name) % 8:
+            raise ConfigError(
+                refused + f"it needs model.{name} = {getattr(model, name)} to be a multiple of 8"
+            )
 
 
 def _check_same_data(data: Stream, world: World) -> None:

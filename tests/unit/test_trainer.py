@@ -228,6 +228,23 @@ def test_what_the_machine_cannot_do_is_refused(root: Path, tmp_path: Path, overr
 
 
 @pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((), "it needs parallel.precision = 'bf16'"),
+        (
+            ("parallel.precision=bf16", "model.expert_dim=12"),
+            "it needs model.expert_dim = 12 to be a multiple of 8",
+        ),
+        (("parallel.precision=bf16", "train.accumulate=2"), "it needs train.accumulate = 1"),
+    ],
+)
+def test_what_no_graph_can_hold_is_refused(root: Path, overrides: tuple[str, ...], words: str):
+    world = World(size=2, device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match=f"parallel.graphs = True is not allowed: .*{words}"):
+        spread(config(root, "parallel.graphs=true", *overrides), world)
+
+
+@pytest.mark.parametrize(
     "overrides",
     [("optim.kind=muon", "loops.per=sequence"), ("parallel.precision=bf16", "parallel.recompute=loop")],
     ids=["muon", "bf16"],
