@@ -149,6 +149,8 @@ def walk(
                 skipped[(base / name).relative_to(root).as_posix()] = "hidden"
             elif not name.endswith(suffixes):
                 skipped[(base / name).relative_to(root).as_posix()] = "other suffix"
+            elif not (base / name).is_file():  # a link to nothing, or a pipe, which reading would wait for
+                skipped[(base / name).relative_to(root).as_posix()] = "not a file"
             else:
                 files.append(base / name)
     return sorted(files), skipped

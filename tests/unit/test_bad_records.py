@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -192,3 +193,12 @@ def test_a_source_without_a_good_document_is_refused_and_leaves_nothing(tmp_path
     with pytest.raises(ConfigError, match=message):
         make(tmp_path / "x", cache=str(tmp_path / "cache"))
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_what_is_no_file_is_passed_by(tmp_path: Path):
+    (tmp_path / "good.txt").write_text("good " * 30, encoding="utf-8")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")
+    prepared = make(tmp_path)
+    assert prepared.index["skipped"] == {"not a file": 2}
+    assert prepared.index["documents"] == 1
