@@ -4,8 +4,9 @@ Reference config M (docs/results/gpu_training.md): bfloat16, compiled, clipped, 
 and step, so that N GPUs train on N times the batch. First rank 0 trains alone, the others waiting; then all train
 together, in each of these ways:
 
-- ``fsdp``: FSDP2, as a run with torchrun does it. This is the figure that counts.
-- ``fsdp_captured``: the same with forward, backward and their collectives as one CUDA graph.
+- ``fsdp``: FSDP2, kernel by kernel.
+- ``fsdp_captured``: the same with forward, backward and their collectives as one CUDA graph, as a run with torchrun
+  and ``parallel.graphs=true`` does it. This is the figure that counts.
 - ``replicated``: whole copies, the captured step of one GPU, then one average of all gradients, not overlapped.
 
 The median step of the slowest rank counts. ``--toy`` tries the script at toy size on the CPU.

@@ -134,7 +134,11 @@ class _Stream(ABC):
         while len(self._pending) <= self._prefetch:
             position = self._position + self.stride * len(self._pending)
             self._pending.append(self._pool.submit(self.batch_at, position))
-        return self._pending.popleft().result()
+        try:
+            return self._pending.popleft().result()
+        except BaseException:
+            self.close()  # what was read ahead is no longer the next
+            raise
 
 
 class PackedDataset(_Stream):

@@ -260,6 +260,26 @@ def test_an_error_in_a_batch_made_ahead_reaches_the_caller(folder: Path):
     stream.close()
 
 
+def test_no_batch_is_lost_when_one_could_not_be_read_at_first(folder: Path):
+    class Once(PackedDataset):
+        failed = False
+
+        def batch_at(self, position: int) -> dict[str, Tensor] | None:
+            if position == 5 and not self.failed:
+                self.failed = True
+                raise OSError("the disk is away")
+            return super().batch_at(position)
+
+    plain, stream = PackedDataset(packed(folder), 5), Once(packed(folder), 5, prefetch=2)
+    assert torch.equal(next(stream)["ids"], next(plain)["ids"])
+    with pytest.raises(OSError, match="the disk is away"):
+        next(stream)
+    for _ in range(3):
+        assert torch.equal(next(stream)["ids"], next(plain)["ids"])
+    assert stream.state_dict() == plain.state_dict()
+    stream.close()
+
+
 def test_a_finite_stream_ends_with_batches_in_flight(folder: Path):
     plain = list(PackedDataset(packed(folder), 5, epochs=1))
     stream = PackedDataset(packed(folder), 5, epochs=1, prefetch=4, workers=2)
