@@ -10,6 +10,7 @@ Imports no torch, so that a config can be read and inspected fast.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,9 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "load_config",
+    "overridden",
+    "override",
+    "read_toml",
 ]
 
 # What each kind of loop count takes, and the default (None in _REQUIRED must be given).
@@ -354,39 +358,60 @@ def _plain(section: Any) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML config and apply overrides such as ``optim.lr=3e-4``.
 
-    A new ``loops.kind`` or another sort of ``data.source`` first empties its section (but for ``loops.per``):
-    the old options belong to the old kind.
-
     Raises:
         ConfigError: the file is not there or not TOML, or a key or value is not allowed.
     """
     path = Path(path)
+    sections = read_toml(path)
     try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+        return RunConfig.from_dict(overridden(sections, [override(text) for text in overrides]))
+    except ConfigError as problem:
+        raise ConfigError(f"{path.name}: {problem}") from problem
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds.
+
+    Raises:
+        ConfigError: the file is not there or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError) as problem:
         raise ConfigError(f"config {str(path)!r} is not there: it must be a TOML file") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise ConfigError(f"config {str(path)!r} is not valid TOML: {problem}") from problem
-    changes = [_override(text) for text in overrides]
+
+
+def overridden(sections: Mapping[str, Any], changes: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Sections with changes (section, key, value) applied; ``sections`` stays as it is.
+
+    A new ``loops.kind`` or another sort of ``data.source`` first empties its section (but for ``loops.per``):
+    the old options belong to the old kind.
+
+    Raises:
+        ConfigError: what should be a section is not one.
+    """
+    new = copy.deepcopy(dict(sections))
     for section, key, value in changes:
-        old = sections.setdefault(section, {})
+        old = new.setdefault(section, {})
         if not isinstance(old, dict):
-            raise ConfigError(
-                f"{path.name}: [{section}] = {old!r} is not allowed: it must be a section of keys"
-            )
+            raise ConfigError(f"[{section}] = {old!r} is not allowed: it must be a section of keys")
         kind = {"loops": "kind", "data": "source"}.get(section)
         if key == kind and _sort(section, old.get(key)) != _sort(section, value):
             for name in set(old) - {"per"}:
                 del old[name]
     for section, key, value in changes:
-        sections[section][key] = value
-    try:
-        return RunConfig.from_dict(sections)
-    except ConfigError as problem:
-        raise ConfigError(f"{path.name}: {problem}") from problem
+        new[section][key] = value
+    return new
 
 
-def _override(text: str) -> tuple[str, str, Any]:
+def override(text: str) -> tuple[str, str, Any]:
+    """Section, key and value of ``section.key=value``.
+
+    Raises:
+        ConfigError: it is not of that form, or a run config has no such section.
+    """
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not dot or not key:
