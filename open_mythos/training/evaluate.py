@@ -14,7 +14,8 @@ from torch import Tensor
 from open_mythos.config import ConfigError
 from open_mythos.model import OpenMythos
 from open_mythos.model.transformer import evaluating
-from open_mythos.tasks.base import IGNORE_INDEX
+from open_mythos.tasks.base import IGNORE_INDEX, SPLIT_SHARES
+from open_mythos.training.checks import choice
 from open_mythos.training.config import RunConfig
 from open_mythos.training.sources import evaluation_batches
 
@@ -32,8 +33,9 @@ def sweep(
     run: Mapping[str, Any],
     loops: Sequence[int] | None = None,
     tell: Tell | None = None,
+    split: str = "test",
 ) -> dict[str, Any]:
-    """Evaluate the test split at each loop count.
+    """Evaluate one split at each loop count.
 
     A task is scored by the share of right answers, and once more at every difficulty in ``eval.levels``. Text
     is scored in bits per byte (per token, with another tokenizer): mean cross entropy in nats over ln 2, the
@@ -44,30 +46,33 @@ def sweep(
         config: the run's config.
         run: the run's run.json, for the loops that it was trained with.
         loops: loop counts; ``eval.loops`` when None.
-        tell: called with a short phrase before each split.
+        tell: called with a short phrase before each difficulty.
+        split: "train", "validation" or "test".
 
     Returns:
-        What eval.json holds: task, metric, loops, trained_mean, trained_max, splits: name → loops and values.
+        What eval.json holds: task, metric, loops, trained_mean, trained_max, splits: name → loops and values; the
+        difficulty that was trained on first, then those of ``eval.levels`` in their order.
 
     Raises:
-        ConfigError: a loop count is not allowed, or the data is not there.
+        ConfigError: the split or a loop count is not allowed, or the data is not there.
     """
+    choice("split", split, SPLIT_SHARES)
     chosen = list(config.eval.loops if loops is None else loops)
     for count in chosen:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ConfigError(f"loops = {count!r} is not allowed: each must be a whole number of at least 1")
     unit = _UNITS.get(config.data.source, "")
-    names: dict[str, int | None] = {"test": None}
+    names: dict[str, int | None] = {split: None}
     if config.data.is_task:
         unit = unit or config.data.task().difficulty
-        names |= {f"test@{level} {unit}": level for level in config.eval.levels}
+        names |= {f"{split}@{level} {unit}": level for level in config.eval.levels}
     score = _accuracy if config.data.is_task else _bits
     splits: dict[str, Any] = {}
     with evaluating(model):
         for name, level in names.items():
             if tell is not None:
                 tell(f"evaluating {name}")
-            batches = [_to(model, batch) for batch in evaluation_batches(config, "test", level)]
+            batches = [_to(model, batch) for batch in evaluation_batches(config, split, level)]
             splits[name] = {"loops": chosen, "values": [score(model, batches, count) for count in chosen]}
     return {
         "task": config.data.source if config.data.is_task else _text_name(config.data.source),
