@@ -14,6 +14,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from open_mythos.inference.exit_cache import ExitCache
+from open_mythos.inference.exits import LoopReport, Rule, check_rule, forward
 from open_mythos.model import KVCache, LoopPolicy, OpenMythos
 from open_mythos.model.decode import Decoder
 from open_mythos.model.transformer import evaluating
@@ -36,6 +38,8 @@ def generate(
     seed: int | None = None,
     attention_mask: Tensor | None = None,
     cache_policy: LoopPolicy | None = None,
+    exit: Rule | None = None,
+    report: LoopReport | None = None,
 ) -> Tensor:
     """Continue each prompt.
 
@@ -53,6 +57,9 @@ def generate(
         seed: fixes the draws; None uses torch's default generator.
         attention_mask: (B, S), zero where a prompt is padded, left or right.
         cache_policy: how loops share the cache; exact (every loop) when None.
+        exit: asked after each loop which tokens leave it, see :mod:`open_mythos.inference.exits`; n_loops is
+            then the most. None: the model's own forward.
+        report: counts the loops that tokens spent under ``exit``.
 
     Returns:
         (B, S + new) int64. Finished rows are filled with ``cfg.pad_token_id``, or the EOS id. Fewer new
@@ -63,8 +70,10 @@ def generate(
     """
     ids, mask = _prompts(model, input_ids, attention_mask)
     settings = _settings(model, ids, max_new_tokens, n_loops, temperature, top_k, top_p, eos_token_id, seed)
+    leaving = _leaving(model, settings, exit, report)
+    cache = (KVCache if leaving is None else ExitCache)(cache_policy, settings.columns)
     with evaluating(model):
-        new = list(_steps(model, ids, mask, settings, KVCache(cache_policy, settings.columns)))
+        new = list(_steps(model, ids, mask, settings, cache, leaving))
     return torch.cat((ids, torch.stack(new, 1)), 1) if new else ids
 
 
@@ -81,6 +90,8 @@ def stream(
     seed: int | None = None,
     attention_mask: Tensor | None = None,
     cache_policy: LoopPolicy | None = None,
+    exit: Rule | None = None,
+    report: LoopReport | None = None,
 ) -> Iterator[Tensor]:
     """:func:`generate`, one step at a time: an iterator over the new tokens of all rows, each (B,) int64.
 
@@ -89,7 +100,9 @@ def stream(
     """
     ids, mask = _prompts(model, input_ids, attention_mask)
     settings = _settings(model, ids, max_new_tokens, n_loops, temperature, top_k, top_p, eos_token_id, seed)
-    return _steps(model, ids, mask, settings, KVCache(cache_policy, settings.columns), alone=False)
+    leaving = _leaving(model, settings, exit, report)
+    cache = (KVCache if leaving is None else ExitCache)(cache_policy, settings.columns)
+    return _steps(model, ids, mask, settings, cache, leaving, alone=False)
 
 
 @dataclass(frozen=True)
@@ -141,12 +154,49 @@ def _settings(
     return _Settings(int(max_new_tokens), int(n_loops), eos, max(longest, 0), pick)
 
 
+@dataclass(frozen=True)
+class _Leaving:
+    """The model's calls under an exit rule, and who counts their loops."""
+
+    model: OpenMythos
+    rule: Rule
+    n_loops: int
+    report: LoopReport | None
+
+    def prompt(self, ids: Tensor, cache: KVCache, mask: Tensor | None, last: Tensor) -> Tensor:
+        """Logits (B, 1, V) of each prompt's last token."""
+        answer = forward(self.model, ids, self.rule, self.n_loops, cache, attention_mask=mask, logits_at=last)
+        if self.report is not None:
+            self.report.add("prompt", answer.loops, mask)
+        return answer.logits
+
+    def logits(self, fed: Tensor, cache: KVCache, finished: Tensor) -> Tensor:
+        """Logits (B, 1, V) after the tokens (B, 1)."""
+        idle = finished.unsqueeze(1)
+        answer = forward(self.model, fed, self.rule, self.n_loops, cache, idle=idle)
+        if self.report is not None:
+            self.report.add("new", answer.loops, ~idle)
+        return answer.logits
+
+
+def _leaving(
+    model: OpenMythos, settings: _Settings, exit: Rule | None, report: LoopReport | None
+) -> _Leaving | None:
+    if exit is None:
+        if report is not None:
+            raise ValueError("report is only counted with an exit rule: pass exit as well, such as Never()")
+        return None
+    check_rule(exit, model)
+    return _Leaving(model, exit, settings.n_loops, report)
+
+
 def _steps(
     model: OpenMythos,
     ids: Tensor,
     mask: Tensor | None,
     settings: _Settings,
     cache: KVCache,
+    leaving: _Leaving | None,
     alone: bool = True,
 ) -> Iterator[Tensor]:
     """The new tokens. Unless ``alone``, whoever takes them may change the model and its mode in between."""
@@ -159,7 +209,11 @@ def _steps(
             if decoder is not None and not alone and not decoder.holds():
                 decoder.close()
                 decoder = None
-            if decoder is not None:
+            if leaving is not None:
+                logits = (
+                    leaving.logits(fed, cache, finished) if step else leaving.prompt(ids, cache, mask, last)
+                )
+            elif decoder is not None:
                 logits = decoder.step(fed)
             elif step:
                 logits = model(fed, n_loops, cache)
