@@ -53,9 +53,9 @@ class Task(ABC):
     A subclass is a frozen dataclass. It names its difficulty in ``difficulty``, has a field of that name for
     the default, and implements ``vocab_size``, ``bounds``, ``width`` and ``_draw``.
 
-    Splits are made by construction: a stable hash of the tokens of an instance assigns it to train (80 %),
-    validation (10 %) or test (10 %), so an instance can never be in two of them, whatever the seeds and
-    however small the instance space. Padding does not enter the hash.
+    Splits are made by construction: a stable hash of the tokens of an instance (of those that :meth:`identity`
+    names) assigns it to train (80 %), validation (10 %) or test (10 %), so an instance can never be in two of
+    them, whatever the seeds and ranges and however small the instance space. Padding does not enter the hash.
     """
 
     difficulty: ClassVar[str]
@@ -77,6 +77,10 @@ class Task(ABC):
     @abstractmethod
     def _draw(self, levels: Tensor, width: int, generator: torch.Generator) -> Batch:
         """One instance for each entry of ``levels`` (B,), padded to ``width``; splits are not its concern."""
+
+    def identity(self, ids: Tensor) -> Tensor:
+        """What makes two rows (B, S) the same instance to the splits, (B, S'): all their tokens."""
+        return ids
 
     def __post_init__(self) -> None:
         self._check_level(getattr(self, self.difficulty))
@@ -109,7 +113,8 @@ class Task(ABC):
         for _ in range(_MAX_ROUNDS):
             levels = torch.randint(low, high + 1, (oversample,), generator=generator, device=generator.device)
             drawn = self._draw(levels, self.width(high), generator)
-            rows = (split_of(drawn.ids) == list(SPLIT_SHARES).index(split)).nonzero()[:missing, 0]
+            own = split_of(self.identity(drawn.ids)) == list(SPLIT_SHARES).index(split)
+            rows = own.nonzero()[:missing, 0]
             kept.append(Batch(drawn.ids[rows], drawn.targets[rows]))
             missing -= len(rows)
             if missing == 0:

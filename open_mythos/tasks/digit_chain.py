@@ -21,9 +21,10 @@ class DigitChain(Task):
     article trains on chains of 2 to 5 digits and tests on 6 to 8, in sequences padded to 32.
 
     Attributes:
-        length: digits in a chain, from 1 to ``seq_len - 2``, or an inclusive range.
+        length: digits in a chain, from 1 (to ``seq_len - 2``), or an inclusive range.
         modulus: digits are 0 … modulus - 1 and the answer is taken modulo it; at least 2.
-        seq_len: S, every sequence is padded to it.
+        seq_len: S, every sequence is padded to it, or 0: no wider than its batch needs. What is right of EQ
+            changes nothing to a causal model, so 0 is the same task in a quarter of the time.
     """
 
     length: Level = (2, 5)
@@ -33,7 +34,8 @@ class DigitChain(Task):
 
     def __post_init__(self) -> None:
         check_integer("modulus", self.modulus, 2)
-        check_integer("seq_len", self.seq_len, 3)
+        if self.seq_len != 0:
+            check_integer("seq_len", self.seq_len, 3)
         super().__post_init__()
 
     @property
@@ -44,11 +46,11 @@ class DigitChain(Task):
     @property
     def bounds(self) -> tuple[int, int | None]:
         """Smallest and largest ``length``."""
-        return 1, self.seq_len - 2
+        return 1, self.seq_len - 2 if self.seq_len else None
 
     def width(self, level: int) -> int:
         """S of a batch whose greatest ``length`` is ``level``."""
-        return self.seq_len
+        return self.seq_len or level + 2
 
     def _draw(self, levels: Tensor, width: int, generator: torch.Generator) -> Batch:
         device = levels.device

@@ -23,6 +23,10 @@ class KHop(Task):
     so the i-th needs i lookups one after another. Number of hops is written in unary, so that more hops than
     trained on need no token that training has not seen.
 
+    Every HOP has the same task: look up the node that the HOP before it found (the first: the start). So what was
+    learnt for a few hops serves for any number, and the i-th answer needs the (i - 1)-th first. The splits divide
+    arrows with start, whatever the number of hops: an answer asked in testing was not asked in training.
+
     Attributes:
         hops: arrows to follow, from 1 to ``nodes - 1``, or an inclusive range.
         nodes: nodes and arrows in the context, at least 2.
@@ -49,6 +53,10 @@ class KHop(Task):
     def width(self, level: int) -> int:
         """S of a batch whose greatest ``hops`` is ``level``."""
         return 3 * self.nodes + 2 + level
+
+    def identity(self, ids: Tensor) -> Tensor:
+        """The arrows and the start, (B, 3 * nodes + 2)."""
+        return ids[:, : self.width(0)]
 
     def _draw(self, levels: Tensor, width: int, generator: torch.Generator) -> Batch:
         rows, device = len(levels), levels.device

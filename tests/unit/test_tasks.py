@@ -35,6 +35,9 @@ EVERY_TASK = [
     KHop(hops=1, nodes=5),
     Addition(digits=3),
     Addition(digits=(1, 5)),
+    Addition(digits=(1, 5), layout="columns"),
+    Addition(digits=6, layout="columns", ripple=0.7),
+    DigitChain(length=(1, 9), seq_len=0),
 ]
 
 
@@ -71,7 +74,20 @@ def expected_khop(ids: list[int], task: KHop) -> list[int]:
     return wanted
 
 
+def expected_columns(ids: list[int]) -> list[int]:
+    eq = ids.index(2)
+    a, b = (int("".join(str(t - 3) for t in reversed(ids[first:eq:2])) or "0") for first in (1, 2))
+    digits = [int(digit) + 3 for digit in reversed(str(a + b).zfill(eq // 2 + 1))]
+    assert ids[0] == 1
+    assert not any(ids[eq + 1 :])
+    wanted = [IGNORE_INDEX] * len(ids)
+    wanted[2:eq:2], wanted[eq] = digits[:-1], digits[-1]
+    return wanted
+
+
 def expected_addition(ids: list[int], task: Addition) -> list[int]:
+    if task.layout == "columns":
+        return expected_columns(ids)
     plus, eq = ids.index(1), ids.index(2)
     a = int("".join(str(t - 3) for t in ids[:plus]))
     b = int("".join(str(t - 3) for t in ids[plus + 1 : eq]))
@@ -123,6 +139,49 @@ def test_the_same_generator_gives_the_same_batch(task: Task) -> None:
     assert torch.equal(one.ids, two.ids)
     assert torch.equal(one.targets, two.targets)
     assert not torch.equal(one.ids, other.ids)
+
+
+SMALL = {
+    # As trained, then every difficulty that could be asked of it: spaces so small that a leak would be seen.
+    Parity(length=(2, 7)): [*range(2, 10), (1, 8)],
+    DigitChain(length=(2, 3), modulus=4, seq_len=0): [1, 2, 3, 4, (1, 4)],
+    KHop(hops=(1, 2), nodes=4): [1, 2, 3, (1, 3)],
+    Addition(digits=(1, 2), layout="written"): [1, 2, (1, 2)],
+    Addition(digits=(1, 2), layout="columns", ripple=0.5): [1, 2, (1, 2)],
+}
+
+
+def instances(task: Task, split: str, level: Any) -> set[tuple[int, ...]]:
+    """What one split shows at a difficulty, without padding; nothing if it has too few instances there."""
+    found: set[tuple[int, ...]] = set()
+    try:
+        for seed in range(8):
+            chosen = {task.difficulty: level}
+            batch = task.sample(150, generator=seeded_generator(seed), split=split, **chosen)
+            found |= {tuple(t for t in row if t != PAD) for row in task.identity(batch.ids).tolist()}
+    except ValueError as problem:
+        assert "too few instances" in str(problem)  # noqa: PT017
+    return found
+
+
+@pytest.mark.parametrize("task", SMALL, ids=repr)
+def test_nothing_that_is_tested_at_any_difficulty_was_drawn_in_training(task: Task) -> None:
+    """A thousand rows of spaces of hundreds: training in its range, the held-out splits in every other."""
+    trained = instances(task, "train", getattr(task, task.difficulty))
+    held = {s: set().union(*(instances(task, s, level) for level in SMALL[task])) for s in SPLIT_SHARES}
+    assert len(trained) > 50
+    assert len(held["test"]) > 5
+    assert len(held["validation"]) > 5
+    assert not trained & (held["test"] | held["validation"])
+    assert not (held["train"] | held["validation"]) & held["test"]
+
+
+def test_an_answer_of_khop_that_is_tested_was_not_trained_in_a_row_of_other_length() -> None:
+    task = KHop(hops=(1, 3), nodes=4)
+    rows = {s: task.sample(3000, generator=seeded_generator(5), split=s).ids[:, :14] for s in SPLIT_SHARES}
+    graphs = {split: set(map(tuple, ids.tolist())) for split, ids in rows.items()}
+    assert not graphs["train"] & (graphs["test"] | graphs["validation"])
+    assert sum(map(len, graphs.values())) == 6 * 24 * 4
 
 
 @pytest.mark.parametrize(
@@ -214,6 +273,23 @@ def test_addition_meets_carries_longer_than_int64() -> None:
         assert targets == expected_addition(ids, task)
 
 
+@pytest.mark.parametrize("ripple", [0.0, 0.6, 1.0])
+def test_ripple_is_the_share_of_columns_that_pass_a_carry_on(ripple: float) -> None:
+    ids = Addition(digits=50, layout="columns", ripple=ripple).sample(100, generator=seeded_generator(10)).ids
+    nines = (ids[:, 1:-1:2] + ids[:, 2:-1:2] == 9 + 2 * 3).double().mean().item()
+    assert nines == pytest.approx(ripple + (1 - ripple) / 10, abs=0.03)
+
+
+def test_a_chain_as_wide_as_needed_is_the_same_task() -> None:
+    narrow, padded = (
+        DigitChain(length=4, seq_len=s).sample(9, generator=seeded_generator(1)) for s in (0, 6)
+    )
+    assert torch.equal(narrow.ids, padded.ids)
+    assert torch.equal(narrow.targets, padded.targets)
+    assert DigitChain(length=(2, 5), seq_len=0).sample(9, generator=seeded_generator(1)).ids.shape == (9, 7)
+    assert DigitChain(seq_len=0).sample(9, generator=seeded_generator(1), length=40).ids.shape == (9, 42)
+
+
 def test_parity_without_bos_is_the_tutorial_task() -> None:
     batch = Parity(length=24, bos=False).sample(64, generator=seeded_generator(11))
     assert batch.ids.shape == batch.targets.shape == (64, 24)
@@ -296,6 +372,9 @@ def test_get_task_builds_each_task_by_name() -> None:
         (lambda: KHop(hops=12), r"hops=12; allowed is an integer >= 1 and <= 11"),
         (lambda: KHop(nodes=1), r"nodes=1; allowed is an integer >= 2"),
         (lambda: Addition(digits=-1), r"digits=-1"),
+        (lambda: Addition(layout="rows"), r"layout='rows'; allowed: 'written', 'columns'"),
+        (lambda: Addition(ripple=1.5), r"ripple=1.5; allowed is a number from 0 to 1"),
+        (lambda: Addition(ripple=True), r"ripple=True; allowed is a number"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(call: Any, message: str) -> None:
