@@ -43,12 +43,17 @@ TABLE = {
     ),
     "inference": Row("config model tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),
+    "reproduce": Row(
+        "__init__ accounting analysis config inference kernels main model ops tables tasks tokenizer training "
+        "variants weights",
+        "matplotlib numpy rich torch",
+    ),
     "demo": Row("config training", "rich"),
     "tables": Row("accounting config", "rich"),
     "__init__": Row("analysis config inference model tokenizer training variants weights", "torch"),
     "cli": Row(
-        "__init__ accounting analysis config demo inference kernels main model ops tables tasks tokenizer "
-        "training variants weights",
+        "__init__ accounting analysis config demo inference kernels main model ops reproduce tables tasks "
+        "tokenizer training variants weights",
         "numpy rich tomli torch typer",
     ),
 }
@@ -57,8 +62,9 @@ TABLE = {
 # the sampling code, on use.
 DOORS = {("model/transformer.py", "generate", "open_mythos.inference.generate")}
 
-# Rooms that may import a module whose name is only known at run time, to be light at start-up.
-DYNAMIC = {"__init__", "cli"}
+# Rooms that may import a module whose name is only known at run time: to be light at start-up, and in `reproduce` because
+# an experiment's TOML names its class.
+DYNAMIC = {"__init__", "cli", "reproduce"}
 
 
 @dataclass(frozen=True)

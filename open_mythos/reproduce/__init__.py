@@ -1,0 +1,1 @@
+"""Experiments that anyone repeats with one command: ``mythos reproduce NAME``; see docs/reproduce.md."""

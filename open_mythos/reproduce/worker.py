@@ -1,0 +1,88 @@
+"""One run in a process of its own: ``python -m open_mythos.reproduce.worker JOB.json``; the runner starts it."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from open_mythos.reproduce.base import load
+from open_mythos.reproduce.runs import Run, read_json
+
+__all__ = ["main", "work"]
+
+
+def main(path: Path) -> int:
+    """Do the job, and return the exit code; the last line of an error says what it was."""
+    try:
+        work(path)
+    except Exception as error:
+        traceback.print_exc()
+        print(" ".join(f"{type(error).__name__}: {error}".split()), file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def work(path: Path) -> None:
+    """Perform the run of a job file, and write what was measured beside it."""
+    job = read_json(path)
+    if job is None:
+        raise FileNotFoundError(f"{path} is not there")
+    import torch
+
+    from open_mythos import __version__
+    from open_mythos.training.checkpoint import write_json
+
+    run, split = Run.from_dict(job["run"]), job["split"]
+    experiment = load(run.source)
+    if run.device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    began = time.perf_counter()
+    measured = _finite(experiment.perform(run, split))
+    trained = run.record
+    record = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "identity": job["identity"],
+        "measured": measured,
+        **{key: trained.get(key) for key in ("parameters", "tokens", "steps", "seconds", "loops")},
+        "wall_seconds": round(time.perf_counter() - began, 3),
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "open_mythos": __version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+    write_json(run.folder / f"measured-{split}.json", record)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _end_with_parent() -> None:
+    """Whoever started this holds the other end of standard input: when it dies, so does this."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    sys.exit(main(Path(sys.argv[1])))
