@@ -53,9 +53,10 @@ def run(
 def test_captured_gradients_are_the_plain_ones(attn_type: str, documents: bool) -> None:
     """Any loop counts, the second time from the same graphs, and biases and counts move alike.
 
-    Every expert sees every token: a choice may fall either way in low precision.
+    Every expert sees every token, and no state counts as settled: a choice and a threshold may fall either way
+    in low precision.
     """
-    plain = build(attn_type, n_experts_per_tok=8)
+    plain = build(attn_type, n_experts_per_tok=8, halt_tolerance=1e-9)
     fast = copy.deepcopy(plain)
     sides = Gradients(plain, torch.bfloat16), Gradients(fast, torch.bfloat16, capture=True)
     plans = [LoopPlan(0, 2), LoopPlan(3, 2), LoopPlan(1, 3), LoopPlan(0, 2), LoopPlan(7, 2)]
