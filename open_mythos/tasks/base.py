@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, TypeGuard
 
@@ -56,9 +56,14 @@ class Task(ABC):
     Splits are made by construction: a stable hash of the tokens of an instance (of those that :meth:`identity`
     names) assigns it to train (80 %), validation (10 %) or test (10 %), so an instance can never be in two of
     them, whatever the seeds and ranges and however small the instance space. Padding does not enter the hash.
+
+    Attributes:
+        per: "sequence" draws a difficulty for each row of a range, "batch" one for all rows of a training batch,
+            which is then no wider than it has to be. Held-out batches always draw one for each row.
     """
 
     difficulty: ClassVar[str]
+    per: str = field(default="sequence", kw_only=True)
 
     @property
     @abstractmethod
@@ -83,6 +88,7 @@ class Task(ABC):
         return ids
 
     def __post_init__(self) -> None:
+        check_choice("per", self.per, ("sequence", "batch"))
         self._check_level(getattr(self, self.difficulty))
 
     def sample(
@@ -96,7 +102,7 @@ class Task(ABC):
             split: "train", "validation" or "test".
             **difficulty: the task's own difficulty by name (``length=48``, ``hops=(1, 4)``); its field if
                 left out. With a range every row is padded to the width of the upper end, so shapes stay the
-                same.
+                same, unless ``per`` is "batch".
 
         Returns:
             A batch of shape (B, S).
@@ -107,6 +113,8 @@ class Task(ABC):
         check_integer("batch_size", batch_size, 1)
         check_choice("split", split, SPLIT_SHARES)
         low, high = self._level_of(difficulty)
+        if self.per == "batch" and split == "train":
+            low = high = int(torch.randint(low, high + 1, (), generator=generator, device=generator.device))
         oversample = int(batch_size * 115 / SPLIT_SHARES[split]) + 16
         kept: list[Batch] = []
         missing = batch_size

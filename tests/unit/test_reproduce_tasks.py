@@ -15,7 +15,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.reproduce.base import Experiment, Run, named, value
 from open_mythos.reproduce.plan import Settings, all_runs
 from open_mythos.reproduce.tasks import Extrapolation, kept, levels, needed, readouts
-from open_mythos.tasks import Task
+from open_mythos.tasks import Task, seeded_generator
 from open_mythos.training.loops import loop_distribution
 from open_mythos.training.sources import train_stream
 
@@ -198,6 +198,11 @@ def test_the_verdict_needs_depth_and_no_overthinking() -> None:
 def test_the_trainer_draws_what_the_config_says(name: str, tmp_path: Path) -> None:
     config = runs(name, tmp_path)["ours"].config
     task = config.data.task()
-    batch = next(iter(train_stream(config)[0]))
-    assert batch["ids"].shape == (config.train.batch_size, widest(task))
-    assert int(batch["ids"].max()) < config.model.vocab_size == task.vocab_size
+    low, high = task._check_level(getattr(task, task.difficulty))
+    for level in range(low, high + 1):  # no batch of one difficulty finds its split too small
+        task.sample(config.train.batch_size, generator=seeded_generator(0), **{task.difficulty: level})
+    stream = train_stream(config)[0]
+    batches = [next(stream) for _ in range(20)]
+    assert {len(batch["ids"]) for batch in batches} == {config.train.batch_size}
+    assert max(batch["ids"].shape[1] for batch in batches) <= widest(task)
+    assert max(int(batch["ids"].max()) for batch in batches) < config.model.vocab_size == task.vocab_size

@@ -38,6 +38,7 @@ EVERY_TASK = [
     Addition(digits=(1, 5), layout="columns"),
     Addition(digits=6, layout="columns", ripple=0.7),
     DigitChain(length=(1, 9), seq_len=0),
+    Parity(length=(4, 9), per="batch"),
 ]
 
 
@@ -280,6 +281,19 @@ def test_ripple_is_the_share_of_columns_that_pass_a_carry_on(ripple: float) -> N
     assert nines == pytest.approx(ripple + (1 - ripple) / 10, abs=0.03)
 
 
+def test_a_batch_of_one_difficulty_is_as_wide_as_it_and_only_in_training() -> None:
+    task = Parity(length=(4, 12), per="batch")
+    widths = []
+    for seed in range(60):
+        ids = task.sample(8, generator=seeded_generator(seed)).ids
+        assert int((ids != PAD).sum()) == ids.numel()
+        widths.append(ids.shape[1])
+    assert set(widths) == set(range(5, 14))
+    held = task.sample(200, generator=seeded_generator(0), split="test").ids
+    assert held.shape == (200, 13)
+    assert set((held != PAD).sum(1).tolist()) == set(range(5, 14))
+
+
 def test_a_chain_as_wide_as_needed_is_the_same_task() -> None:
     narrow, padded = (
         DigitChain(length=4, seq_len=s).sample(9, generator=seeded_generator(1)) for s in (0, 6)
@@ -360,7 +374,7 @@ def test_get_task_builds_each_task_by_name() -> None:
     ("call", "message"),
     [
         (lambda: get_task("sudoku"), r"task='sudoku'; allowed: 'parity', 'digit_chain', 'khop', 'addition'"),
-        (lambda: get_task("parity", size=3), r"'parity'='size'; allowed: 'length', 'bos'"),
+        (lambda: get_task("parity", size=3), r"'parity'='size'; allowed: 'per', 'length', 'bos'"),
         (lambda: Parity(length=0), r"length=0; allowed is an integer >= 1"),
         (lambda: Parity(length=True), r"length=True"),
         (lambda: Parity(length=2.0), r"length=2.0"),  # type: ignore[arg-type]
@@ -374,6 +388,7 @@ def test_get_task_builds_each_task_by_name() -> None:
         (lambda: Addition(digits=-1), r"digits=-1"),
         (lambda: Addition(layout="rows"), r"layout='rows'; allowed: 'written', 'columns'"),
         (lambda: Addition(ripple=1.5), r"ripple=1.5; allowed is a number from 0 to 1"),
+        (lambda: Parity(per="row"), r"per='row'; allowed: 'sequence', 'batch'"),
         (lambda: Addition(ripple=True), r"ripple=True; allowed is a number"),
     ],
 )
