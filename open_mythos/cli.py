@@ -1,4 +1,4 @@
-"""The command line: ``mythos prepare | train | export | generate | eval | inspect | report | demo``.
+"""The command line: ``mythos prepare | train | export | generate | eval | inspect | report | reproduce | demo``.
 
 Every command imports what it needs when it runs, so that help is fast and loads no torch. Exit codes: 0 it
 went well, 1 it failed, 2 it was asked wrongly, 130 it was interrupted.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from open_mythos.config import ConfigError, MythosConfig
+from open_mythos.reproduce.command import reproduce
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -397,6 +398,16 @@ def report(
 
     build_report(runs, out)
     print(out)
+
+
+app.command(
+    epilog=_examples(
+        "mythos reproduce --list",
+        "mythos reproduce parity --seeds 6",
+        "mythos reproduce parity --quick",
+        "mythos reproduce --pages",
+    )
+)(reproduce)
 
 
 @app.command(epilog=_examples("mythos demo", "mythos demo --out runs/quick train.steps=20 eval.examples=8"))

@@ -84,8 +84,10 @@ class Experiment:
         options: free values, over ``OPTIONS``.
         quick: overrides of ``--quick``.
         quick_options: options of ``--quick``.
+        quick_arms: those of ``--quick``; all when empty.
         notes: text for the page.
         code: "module:Class" in this package; empty for this class.
+        order: place on the page.
     """
 
     path: Path
@@ -99,8 +101,10 @@ class Experiment:
     options: Mapping[str, Any] = field(default_factory=dict)
     quick: tuple[Change, ...] = ()
     quick_options: Mapping[str, Any] = field(default_factory=dict)
+    quick_arms: tuple[str, ...] = ()
     notes: str = ""
     code: str = ""
+    order: int = 99
 
     OPTIONS: ClassVar[dict[str, Any]] = {}
     CONFIGURED: ClassVar[bool] = True
@@ -253,7 +257,7 @@ def load(path: Path) -> Experiment:
 
 
 _TEXTS = ("title", "claim", "target")
-_KEYS = (*_TEXTS, "seeds", "code", "uses", "notes", "options", "targets")
+_KEYS = (*_TEXTS, "seeds", "order", "code", "uses", "notes", "options", "targets")
 
 
 def _experiment(path: Path, tables: dict[str, Any]) -> Experiment:
@@ -267,6 +271,7 @@ def _experiment(path: Path, tables: dict[str, Any]) -> Experiment:
         if not isinstance(about.get(key, ""), str):
             raise error(f"experiment.{key}", about[key], "a text")
     whole("experiment.seeds", about["seeds"], 1)
+    whole("experiment.order", about.get("order", 99), 0)
     cls = class_named(about.get("code", ""))
     options = {**cls.OPTIONS, **_options(about, "experiment", cls)}
     uses = about.get("uses", "")
@@ -285,10 +290,12 @@ def _experiment(path: Path, tables: dict[str, Any]) -> Experiment:
         },
         targets=tuple(read_target(table, list(arms)) for table in about.get("targets", ())),
         options=options,
-        quick=changes("quick", {key: v for key, v in quick.items() if key != "options"}),
+        quick=changes("quick", {key: v for key, v in quick.items() if key not in ("options", "arms")}),
         quick_options=quick_options,
+        quick_arms=tuple(quick.get("arms", ())),
         notes=about.get("notes", "").strip(),
         code=about.get("code", ""),
+        order=about.get("order", 99),
     )
 
 
@@ -300,17 +307,18 @@ def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def class_named(code: str) -> type[Experiment]:
-    """The class "module:Class" of this package."""
+    """The class "module:Class" of this package, or of a dotted module anywhere that Python finds it."""
     if not code:
         return Experiment
-    module, colon, name = code.partition(":")
+    module, _, name = code.partition(":")
     allowed = "MODULE:CLASS, a class of open_mythos/reproduce/MODULE.py made from Experiment"
-    if not colon or not module.isidentifier() or not name.isidentifier():
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise error("experiment.code", code, allowed)
+    module = module if "." in module else f"open_mythos.reproduce.{module}"
     try:
-        found = getattr(importlib.import_module(f"open_mythos.reproduce.{module}"), name, None)
+        found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as problem:
-        if problem.name != f"open_mythos.reproduce.{module}":
+        if not f"{module}.".startswith(f"{problem.name}."):
             raise
         found = None
     if not isinstance(found, type) or not issubclass(found, Experiment):

@@ -114,3 +114,22 @@ def _dress(ax: Any, records: Sequence[Record], name: str) -> None:
 
 def _unit(metric: str) -> str:
     return "answers right" if metric == "accuracy" else f"{unit_of(metric)} (lower is better)"
+
+
+@styled
+def one_arm(records: Sequence[Record], title: str) -> Figure:
+    """One arm in one panel: a line for each difficulty, median and range over seeds."""
+    first = records[0]["measured"]
+    figure, (ax,) = panels(1, (5.6, 3.6))
+    levels = list(first["curves"])
+    for index, level in enumerate(levels):
+        _line(ax, records, level, index)
+    _dress(ax, records, "")
+    ax.set_ylabel(_unit(first["metric"]))
+    marks = [
+        Line2D([], [], color=_colour(i), marker=_MARKS[i % 6], label=level_name(level, first))
+        for i, level in enumerate(levels)
+    ]
+    ax.legend(handles=marks, loc="best")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure

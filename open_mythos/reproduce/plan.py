@@ -13,7 +13,7 @@ from open_mythos.reproduce.runs import Run, Sections
 from open_mythos.training.checks import choice, error, known, whole
 from open_mythos.training.config import RunConfig, overridden
 
-__all__ = ["Settings", "all_runs", "is_asked", "make_run"]
+__all__ = ["Settings", "all_runs", "asked_arms", "is_asked", "make_run"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def all_runs(experiment: Experiment, settings: Settings) -> list[Run]:
     Raises:
         ConfigError: an arm is unknown, or a config is not right.
     """
-    for name in settings.arms or ():
+    for name in asked_arms(experiment, settings) or ():
         known(f"arm {name!r}", name, experiment.arms, experiment.name, what="arm")
     counts = {name: _seeds(experiment, arm, settings) for name, arm in experiment.arms.items()}
     return [
@@ -83,9 +83,16 @@ def _seeds(experiment: Experiment, arm: Arm, settings: Settings) -> int:
     return max(arm.seeds, wanted) if arm.seeds == experiment.seeds else arm.seeds
 
 
-def is_asked(run: Run, settings: Settings) -> bool:
-    """Whether the command asks for this run."""
-    arms, seeds = settings.arms, settings.seeds
+def asked_arms(experiment: Experiment, settings: Settings) -> tuple[str, ...] | None:
+    """Names of the arms that the command asks for; None: all."""
+    if settings.arms is None and settings.quick:
+        return experiment.quick_arms or None
+    return settings.arms
+
+
+def is_asked(run: Run, experiment: Experiment, settings: Settings) -> bool:
+    """Whether the command asks for this run of the experiment."""
+    arms, seeds = asked_arms(experiment, settings), settings.seeds
     return (arms is None or run.arm in arms) and (seeds is None or run.seed < seeds)
 
 

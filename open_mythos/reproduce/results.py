@@ -6,8 +6,6 @@ It holds the claim, the verdict, the table, one record for each run, and the com
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,10 +17,7 @@ from open_mythos.reproduce.plan import Settings
 from open_mythos.reproduce.runs import Run, read_json
 from open_mythos.reproduce.targets import Record, Verdict, state
 
-__all__ = ["build", "command", "path_of", "previous", "read_all", "restored", "write"]
-
-# Lists of numbers on one line: a curve is easier to read so, and to compare.
-_NUMBERS = re.compile(r"\[\s*((?:-?[\d.eE+-]+|null)(?:,\s*(?:-?[\d.eE+-]+|null))*)\s*\]")
+__all__ = ["build", "command", "path_of", "previous", "read_all", "restored"]
 
 
 def path_of(name: str, settings: Settings) -> Path:
@@ -97,6 +92,7 @@ def build(
         "target": experiment.target,
         "notes": experiment.notes,
         "code": experiment.code,
+        "order": experiment.order,
         "options": dict(experiment.options),
         "command": command(experiment, settings),
         "split": settings.split,
@@ -130,16 +126,6 @@ def _verdict(verdict: Verdict, complete: bool) -> Record:
         "sentence": verdict.sentence,
         "figures": verdict.figures,
     }
-
-
-def write(path: Path, result: Record) -> None:
-    """Replace the result file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    text = _NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", " ", found.group(1)) + "]", text)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def read_all(folder: Path) -> list[Record]:

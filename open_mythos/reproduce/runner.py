@@ -16,9 +16,8 @@ from open_mythos.config import ConfigError
 from open_mythos.reproduce import results
 from open_mythos.reproduce.base import Experiment
 from open_mythos.reproduce.plan import Settings, all_runs, is_asked
-from open_mythos.reproduce.runs import Run, difference, read_json
+from open_mythos.reproduce.runs import Run, difference, read_json, write_json
 from open_mythos.reproduce.targets import Record
-from open_mythos.training.checkpoint import write_json
 
 __all__ = ["Outcome", "reproduce"]
 
@@ -50,7 +49,8 @@ class Outcome:
             return
         records = list(self.records.values())
         self.result = results.build(self.experiment, settings, self.runs, records, self.failed)
-        results.write(results.path_of(self.experiment.name, settings), self.result)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_json(results.path_of(self.experiment.name, settings), self.result)
 
 
 @dataclass
@@ -137,7 +137,7 @@ def _missing(outcome: Outcome, settings: Settings) -> list[_Job]:
     jobs = []
     for run in outcome.runs:
         identity = run.identity(settings.split, code)
-        asked = is_asked(run, settings)
+        asked = is_asked(run, outcome.experiment, settings)
         again = asked and (settings.overwrite or settings.remeasure)
         record = None if again else old.get(identity) or _measured(run, identity, settings.split)
         if record is not None:

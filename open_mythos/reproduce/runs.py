@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +23,7 @@ from open_mythos.training.dataconfig import FREE
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Run", "difference", "read_json", "training_part"]
+__all__ = ["Run", "difference", "read_json", "training_part", "write_json"]
 
 Sections = dict[str, Any]
 
@@ -31,6 +33,9 @@ _FREE: dict[str, tuple[str, ...]] = {
     "data": FREE,
     "parallel": ("device", "compile", "graphs", "recompute", "replicas", "reshard"),
 }
+# Lists of numbers go on one line: a curve is easier to read so, and to compare.
+_NUMBERS = re.compile(r"\[\s*((?:-?[\d.eE+-]+|null)(?:,\s*(?:-?[\d.eE+-]+|null))*)\s*\]")
+
 _FREE_SECTIONS = ("eval", "log", "checkpoint")
 
 
@@ -181,3 +186,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged: it holds no object")
     return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step; a reader sees the old one or the new one, whole."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    text = _NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", " ", found.group(1)) + "]", text)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, path)

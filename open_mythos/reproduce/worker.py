@@ -9,11 +9,13 @@ import threading
 import time
 import traceback
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from open_mythos import __version__
 from open_mythos.reproduce.base import load
-from open_mythos.reproduce.runs import Run, read_json
+from open_mythos.reproduce.runs import Run, read_json, write_json
 
 __all__ = ["main", "work"]
 
@@ -34,16 +36,10 @@ def work(path: Path) -> None:
     job = read_json(path)
     if job is None:
         raise FileNotFoundError(f"{path} is not there")
-    import torch
-
-    from open_mythos import __version__
-    from open_mythos.training.checkpoint import write_json
-
     run, split = Run.from_dict(job["run"]), job["split"]
     experiment = load(run.source)
-    if run.device.type == "cpu":
-        torch.set_num_threads(1)
-    torch.manual_seed(run.seed)
+    if experiment.CONFIGURED:
+        _prepare(run)
     began = time.perf_counter()
     measured = _finite(experiment.perform(run, split))
     trained = run.record
@@ -54,12 +50,28 @@ def work(path: Path) -> None:
         "measured": measured,
         **{key: trained.get(key) for key in ("parameters", "tokens", "steps", "seconds", "loops")},
         "wall_seconds": round(time.perf_counter() - began, 3),
-        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
+        "device": _device(run),
+        "torch": metadata.version("torch"),
         "open_mythos": __version__,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
     write_json(run.folder / f"measured-{split}.json", record)
+
+
+def _prepare(run: Run) -> None:
+    import torch
+
+    if run.device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+
+
+def _device(run: Run) -> str:
+    if run.sections.get("parallel", {}).get("device") != "cuda":
+        return "CPU"
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _finite(value: Any) -> Any:
@@ -77,7 +89,7 @@ def _end_with_parent() -> None:
     """Whoever started this holds the other end of standard input: when it dies, so does this."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -46,7 +46,7 @@ TABLE = {
     "reproduce": Row(
         "__init__ accounting analysis config inference kernels main model ops tables tasks tokenizer training "
         "variants weights",
-        "matplotlib numpy rich torch",
+        "matplotlib numpy rich torch typer",
     ),
     "demo": Row("config training", "rich"),
     "tables": Row("accounting config", "rich"),
