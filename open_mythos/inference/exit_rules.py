@@ -23,6 +23,7 @@ __all__ = [
     "Confidence",
     "Fixed",
     "Never",
+    "Predicting",
     "PredictionChange",
     "Rule",
     "SamePrediction",
@@ -204,7 +205,7 @@ class StateChange(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Predicting(Rule):
+class Predicting(Rule):
     """A rule that decodes the state to decide, which costs a coda and a head each time.
 
     Args:
@@ -221,13 +222,18 @@ class _Predicting(Rule):
         if self.reads not in ("coda", "head"):
             raise ValueError(f"reads = {self.reads!r} is not allowed: it must be 'coda' or 'head'")
 
-    def asks(self, loop: int, ahead: int = 0) -> bool:
-        """Whether this loop is decoded: each ``every``-th from ``ahead`` such askings before min_loops on."""
-        return loop % self.every == 0 and loop >= self.min_loops - ahead * self.every
+    @property
+    def ahead(self) -> int:
+        """Askings that an answer compares with, so that they come before min_loops."""
+        return 0
+
+    def asks(self, loop: int) -> bool:
+        """Whether the state is decoded after this loop."""
+        return loop % self.every == 0 and loop >= self.min_loops - self.ahead * self.every
 
 
 @dataclass(frozen=True)
-class PredictionChange(_Predicting):
+class PredictionChange(Predicting):
     """When the prediction hardly changed since it was last asked for: KL(last ‖ this) ≤ tolerance.
 
     Args:
@@ -240,9 +246,14 @@ class PredictionChange(_Predicting):
         super().__post_init__()
         _number("tolerance", self.tolerance, 0, math.inf)
 
+    @property
+    def ahead(self) -> int:
+        """One."""
+        return 1
+
     def leaves(self, seen: Seen) -> Tensor:
         """Those whose divergence is within the tolerance."""
-        if not self.asks(seen.loop, ahead=1):
+        if not self.asks(seen.loop):
             return seen.nobody()
         now, last = seen.prediction(self.reads), seen.recall("prediction")
         seen.keep("prediction", now)
@@ -252,7 +263,7 @@ class PredictionChange(_Predicting):
 
 
 @dataclass(frozen=True)
-class SamePrediction(_Predicting):
+class SamePrediction(Predicting):
     """When the likeliest token has stayed the same so many askings in a row: one number a token to remember.
 
     Args:
@@ -265,9 +276,14 @@ class SamePrediction(_Predicting):
         super().__post_init__()
         _whole("patience", self.patience)
 
+    @property
+    def ahead(self) -> int:
+        """As many as the patience."""
+        return self.patience
+
     def leaves(self, seen: Seen) -> Tensor:
         """Those whose likeliest token has lasted."""
-        if not self.asks(seen.loop, ahead=self.patience):
+        if not self.asks(seen.loop):
             return seen.nobody()
         now, last, lasted = (
             seen.prediction(self.reads).argmax(-1),
@@ -284,7 +300,7 @@ class SamePrediction(_Predicting):
 
 
 @dataclass(frozen=True)
-class Confidence(_Predicting):
+class Confidence(Predicting):
     """When the prediction is sure.
 
     Args:
