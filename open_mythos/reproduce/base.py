@@ -8,6 +8,7 @@ Reading and listing experiments loads no torch.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,6 +340,8 @@ _OF_ARM = ("title", "seeds", "uses", "options")
 def _arm(name: str, table: Any, seeds: int, uses: str, cls: type[Experiment]) -> Arm:
     if not isinstance(table, dict):
         raise error(f"[arms.{name}]", table, "a table of keys")
+    if not re.fullmatch(r"[\w.=+-]*\w[\w.=+-]*", name):
+        raise error("arm", name, "letters, digits and _ . = + -, since a folder is named after it")
     own = {key: table[key] for key in _OF_ARM if key in table}
     for key in ("title", "uses"):
         if not isinstance(own.get(key, ""), str):

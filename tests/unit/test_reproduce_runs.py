@@ -1,0 +1,283 @@
+"""Runs in processes of their own: what is kept, what goes on, what a failure does; and one with the real trainer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from open_mythos import cli
+from open_mythos.config import ConfigError
+from open_mythos.reproduce import base, runner, worker
+from open_mythos.reproduce.plan import Settings, all_runs
+from open_mythos.reproduce.runs import Run, read_json, write_json
+from open_mythos.training.trainer import train
+
+TOY = (Path(__file__).parent / "toy_experiment.toml").read_text(encoding="utf-8")
+
+# An experiment whose runs train nothing and load no torch: each leaves a mark, and fails, hangs or answers as asked.
+CODE = """
+import time
+from open_mythos.reproduce.base import Experiment
+
+class Light(Experiment):
+    CONFIGURED = False
+    OPTIONS = {"fail": [], "hang": False, "gain": 0.1}
+
+    def perform(self, run, split):
+        with open("marks.txt", "a") as marks:
+            marks.write(f"{run.arm} {run.seed} {split}\\n")
+        if run.options["hang"]:
+            print("hanging", flush=True)
+            time.sleep(600)
+        if run.seed in run.options["fail"]:
+            raise ValueError(f"seed {run.seed} does not want to")
+        values = [0.5, 0.5 + run.options["gain"] + 0.01 * run.seed, float("nan")]
+        return {"metric": "accuracy", "better": "higher", "unit": "bits", "trained": "8", "loops": [1, 2, 4],
+                "curves": {"trained": values}}
+
+    def summary(self, records):
+        cells = [len(records), None, "words"]
+        return {"columns": ["a", "b", "c"], "format": "plain", "rows": [{"arm": "ours", "title": "x", "cells": cells}]}
+"""
+LIGHT = """
+[experiment]
+title = "Light"
+claim = "Two loops give at least 0.6."
+target = "≥ 60 %"
+seeds = 2
+code = "light_toys.one:Light"
+[experiment.options]
+gain = 0.2
+[[experiment.targets]]
+loops = 2
+at_least = 0.6
+[parallel]
+device = "cpu"
+[arms.ours]
+[arms.less]
+options = {gain = 0.0}
+"""
+
+
+def written(folder: Path, text: str = TOY, name: str = "toy") -> base.Experiment:
+    (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+    return base.load(folder / f"{name}.toml")
+
+
+def settings(folder: Path, **changes: Any) -> Settings:
+    return Settings(runs=folder / "runs", out=folder / "results", **changes)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the experiment `light` and the class that it names."""
+    (tmp_path / "light_toys").mkdir()
+    (tmp_path / "light_toys/__init__.py").touch()
+    (tmp_path / "light_toys/one.py").write_text(CODE, encoding="utf-8")
+    (tmp_path / "light.toml").write_text(LIGHT, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def marks(place: Path) -> list[str]:
+    path = place / "marks.txt"
+    found = sorted(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
+    path.unlink(missing_ok=True)
+    return found
+
+
+def go(place: Path, **changes: Any) -> tuple[runner.Outcome, list[str]]:
+    told: list[str] = []
+    experiment = base.named("light", place)
+    (outcome,) = runner.reproduce([experiment], settings(place, jobs=4, **changes), told.append)
+    return outcome, told
+
+
+def test_runs_are_done_once_and_their_records_are_enough_to_go_on(place: Path) -> None:
+    outcome, _ = go(place, arms=("ours",))
+    assert marks(place) == ["ours 0 test", "ours 1 test"]
+    assert outcome.result is not None
+    assert outcome.result["verdict"]["state"] == "unfinished"
+    outcome, told = go(place)
+    assert marks(place) == ["less 0 test", "less 1 test"]
+    assert told[0] == "2 runs finished before; 2 to do"
+    result = read_json(place / "results/light.json")
+    assert result == outcome.result
+    assert result is not None
+    assert [(r["arm"], r["seed"]) for r in result["runs"]] == [
+        ("ours", 0),
+        ("ours", 1),
+        ("less", 0),
+        ("less", 1),
+    ]
+    assert result["runs"][1]["measured"]["curves"]["trained"] == [0.5, 0.71, None]
+    assert result["verdict"]["state"] == "met"
+    assert result["verdict"]["figures"][0]["shown"] == "70.5 % (70 % to 71 %)"
+    assert (result["command"], result["devices"]) == ("mythos reproduce light", ["CPU"])
+    assert str(place) not in json.dumps(result)
+    # A machine that has the result file alone.
+    (place / "runs").rename(place / "gone")
+    outcome, told = go(place)
+    assert (told, marks(place), outcome.result["runs"]) == (
+        ["4 runs finished before; 0 to do"],
+        [],
+        result["runs"],
+    )
+    go(place, remeasure=True, arms=("less",), seeds=1)
+    assert marks(place) == ["less 0 test"]
+
+
+def test_another_config_or_split_is_another_run(place: Path) -> None:
+    go(place, seeds=1)
+    marks(place)
+    go(place, seeds=1, split="validation")
+    assert marks(place) == ["less 0 validation", "ours 0 validation"]
+    assert (place / "results/light-validation.json").is_file()
+    go(place, seeds=1, changes=(("optim", "lr", 1.0),))
+    assert marks(place) == ["less 0 test", "ours 0 test"]
+
+
+def test_a_failure_is_told_and_tried_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = LIGHT.replace("gain = 0.0", "fail = [1]")
+    (place / "light.toml").write_text(bad, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "light", "--configs", ".", "--jobs", "4"])
+    assert stop.value.code == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("light: unfinished. 1 of 1 targets met. ")
+    assert "light less seed 1 failed" in err
+    result = read_json(place / "runs/reproduce-trial-results/light.json")
+    assert result is not None
+    said = "ValueError: seed 1 does not want to"
+    assert result["failed"] == [{"arm": "less", "seed": 1, "error": said}]
+    assert len(result["runs"]) == 3
+    page = (place / "runs/reproduce-trial-results/results.md").read_text(encoding="utf-8")
+    assert said in page
+    assert "3 of 4 runs have finished" in page
+    assert (place / "runs/reproduce-trial-results/light.png").read_bytes().startswith(b"\x89PNG")
+    marks(place)
+    # The identity of arm `ours` does not follow what the other arm is given.
+    (place / "light.toml").write_text(LIGHT, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "light", "--configs", ".", "--jobs", "4"])
+    assert not stop.value.code
+    assert marks(place) == ["less 0 test", "less 1 test"]
+
+
+def test_nothing_is_started_when_the_time_is_over(place: Path) -> None:
+    outcome, told = go(place, time_limit=1e-9)
+    assert (marks(place), outcome.result) == ([], None)
+    assert told == ["time is over: 4 runs not started; the same command goes on"]
+
+
+def test_a_toy_never_replaces_a_result(place: Path) -> None:
+    outcome, _ = go(place, quick=True)
+    assert marks(place) == ["less 0 test", "ours 0 test"]
+    assert outcome.result is not None
+    assert outcome.result["verdict"]["state"] == "unfinished"
+    go(place, overwrite=True)
+    marks(place)
+    with pytest.raises(ConfigError, match=r"light.json holds a real result, which --quick never replaces"):
+        go(place, quick=True)
+    assert marks(place) == []
+    (place / "results/light.json").write_text('{"runs": 3}')
+    with pytest.raises(ConfigError, match=r"light.json is damaged: it holds no runs"):
+        go(place)
+
+
+def test_a_child_ends_with_whoever_started_it(place: Path) -> None:
+    (place / "light.toml").write_text(LIGHT.replace("gain = 0.2", "hang = true"), encoding="utf-8")
+    run = all_runs(base.named("light", place), settings(place))[0]
+    run.folder.mkdir(parents=True)
+    write_json(run.folder / "job.json", {"run": run.to_dict(), "split": "test", "identity": "x"})
+    command = [sys.executable, "-m", "open_mythos.reproduce.worker", str(run.folder / "job.json")]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"hanging\n"
+    child.stdin.close()
+    assert child.wait(timeout=60) == 1
+    child.stdout.close()
+
+
+def test_gpus_are_shared_evenly_and_cpu_runs_see_none(tmp_path: Path) -> None:
+    pool = runner._Pool(settings(tmp_path, jobs=5), print)
+    pool.gpus = ["2", "GPU-x"]
+    seen = [pool._environment("cuda", slot)["CUDA_VISIBLE_DEVICES"] for slot in range(5)]
+    assert seen == ["2", "GPU-x", "2", "GPU-x", "2"]
+    assert pool._environment("cpu", 0) == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+# With the real trainer, in this process, which saves importing torch.
+
+
+def work(run: Run, split: str = "test") -> dict[str, Any]:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.folder / "job.json", {"run": run.to_dict(), "split": split, "identity": "x"})
+    worker.work(run.folder / "job.json")
+    return json.loads((run.folder / f"measured-{split}.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_trains_and_is_measured_at_every_difficulty_and_loop_count(tmp_path: Path) -> None:
+    toy = written(tmp_path)
+    ours, once = all_runs(toy, settings(tmp_path))[:2]
+    record, flat = work(ours), work(once)
+    assert (record["steps"], record["seed"], record["device"]) == (4, 0, "CPU")
+    assert record["parameters"] > 0
+    assert record["loops"]["max"] <= 2
+    measured = record["measured"]
+    assert {name: len(curve) for name, curve in measured["curves"].items()} == {
+        "trained": 3,
+        "12": 3,
+        "16": 3,
+    }
+    assert (measured["metric"], measured["better"], measured["unit"]) == ("accuracy", "higher", "bits")
+    assert flat["measured"]["loops"] == [1]
+    assert toy.judge([record, flat]).figures[0]["n"] == 1
+    table = toy.summary([record, flat])
+    assert [row["title"] for row in table["rows"]] == ["ours"] * 3 + ["one loop"] * 3
+    assert all(len(row["cells"]) == len(table["columns"]) == len(table["format"]) for row in table["rows"])
+    kept = (ours.folder / "run.json").read_bytes()
+    assert work(ours, "validation")["measured"]["curves"] != measured["curves"]
+    assert (ours.folder / "run.json").read_bytes() == kept  # not trained again
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    (run, *_) = all_runs(written(tmp_path), settings(tmp_path))
+    train(run.config, run.folder, stop_at=2)
+    assert not run.trained
+    assert work(run)["steps"] == 4
+    whole = all_runs(written(tmp_path), settings(tmp_path / "other"))[0]
+    assert work(whole)["measured"] == work(run)["measured"]
+
+
+def test_a_folder_that_holds_another_training_is_refused(tmp_path: Path) -> None:
+    toy = written(tmp_path)
+    run = all_runs(toy, settings(tmp_path))[0]
+    train(run.config, run.folder)
+    changed = settings(tmp_path, changes=(("optim", "lr", 0.5),))
+    with pytest.raises(
+        ConfigError, match=r"ours-seed0 holds another run: optim.lr was 0.001 and is 0.5 now; .*--overwrite"
+    ):
+        runner.reproduce([toy], changed, print)
+
+
+def test_a_borrowed_model_is_trained_where_it_belongs(tmp_path: Path) -> None:
+    written(tmp_path)
+    head = TOY.partition("[[")[0]
+    user = written(
+        tmp_path, head + "uses = 'toy/ours'\n[eval]\nloops = [3]\nlevels = [9]\n[arms.rule]\n", "user"
+    )
+    record = work(run := all_runs(user, settings(tmp_path))[0])
+    assert record["measured"]["loops"] == [3]
+    assert list(record["measured"]["curves"]) == ["trained", "9"]
+    assert record["steps"] == 4
+    assert (tmp_path / "runs/toy/ours-seed0/model").is_dir()
+    assert not (run.folder / "model").exists()
