@@ -70,7 +70,12 @@ class MythosConfig:
             a fresh unit normal per position and zeros in evaluation (``"random"``, arXiv 2502.05171).
         block_output: what the looped block adds to the state: only its residual branches (``"update"``) or
             its whole output, input included (``"state"``, the public release).
+        update_norm: RMS-normalise what the looped block adds to the state, so that the state stays bounded
+            whatever its weights: ‖h‖ ≤ (‖B ⊙ e‖ + max|g| √D) / (1 − ρ(A)), g being the norm's gain.
         state_norm: RMS-normalise the state after each loop.
+        alibi: let the scores of the looped block's head h fall by ``alibi · 2^−h`` a token of distance
+            (arXiv 2108.12409): what is near counts, and positions farther than trained look like those trained.
+            0 leaves it out.
         loop_embedding: add a sinusoidal loop index to the first ``dim // 8`` channels the block reads.
         halting: what the loop hands to the coda. ``"select"``: for each position the state at which its
             cumulative halting probability reaches act_threshold, else the last. ``"average"``: ACT's weighted
@@ -123,7 +128,9 @@ class MythosConfig:
     input_norm: bool = True
     initial_state: InitialState = "zero"
     block_output: BlockOutput = "update"
+    update_norm: bool = False
     state_norm: bool = False
+    alibi: float = 0.0
     loop_embedding: bool = False
     halting: Halting = "select"
     halt_bias_init: float = -3.0
@@ -247,7 +254,9 @@ _UPSTREAM: dict[str, Any] = {
     "input_norm": False,
     "initial_state": "prelude",
     "block_output": "state",
+    "update_norm": False,
     "state_norm": False,
+    "alibi": 0.0,
     "loop_embedding": True,
     "halting": "upstream",
     "halt_bias_init": 0.0,
@@ -318,7 +327,9 @@ _RULES: dict[str, _Int | _Float | _Choice | type] = {
     "input_norm": bool,
     "initial_state": _Choice(get_args(InitialState)),
     "block_output": _Choice(get_args(BlockOutput)),
+    "update_norm": bool,
     "state_norm": bool,
+    "alibi": _Float(0),
     "loop_embedding": bool,
     "halting": _Choice(get_args(Halting)),
     "halt_bias_init": _Float(),

@@ -205,7 +205,8 @@ def attention_reference(
         k: (B, G, C, K).
         v: (B, G, C, Kv).
         scale: factor on the scores.
-        mask: bool, broadcastable to (B, H, S, C); True where a query may look. Every row needs one True.
+        mask: broadcastable to (B, H, S, C); bool: True where a query may look; otherwise what to add to the
+            scores, −inf where it may not. Every row needs one column to look at.
         causal: query i of S sees keys 0..i; only for S == C, and not together with a mask.
 
     Returns:
@@ -216,7 +217,7 @@ def attention_reference(
     if causal:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1) @ _expand_groups(v, heads)
 
 
@@ -285,7 +286,7 @@ def latent_attention(
         latent: (B, C, R + K_rope), the cache as stored.
         rank: R.
         scale: factor on the scores.
-        mask: bool, broadcastable to (B, 1, S, C), or None.
+        mask: as :func:`attention` takes it, (B or 1, 1 or H, S, C), or None.
         dropout: probability on the attention weights.
 
     Returns:

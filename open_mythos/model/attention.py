@@ -24,7 +24,7 @@ from open_mythos.ops import (
     turn_heads,
 )
 
-__all__ = ["GQAttention", "MLAttention", "SequenceContext"]
+__all__ = ["GQAttention", "MLAttention", "SequenceContext", "distance_penalty"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class SequenceContext:
         cache: where keys and values are kept, or None.
         segments: (B, C) document of each column, -1 for padding; None without padding and documents.
         packed: the segments are documents.
+        penalty: (B or 1, H, S, C) what the looped block's scores lose by distance, see :func:`distance_penalty`.
         memo: what is the same in every loop of this call, kept while no gradients are wanted.
     """
 
@@ -45,6 +46,7 @@ class SequenceContext:
     cache: KVCache | None = None
     segments: Tensor | None = None
     packed: bool = False
+    penalty: Tensor | None = None
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -52,9 +54,37 @@ class SequenceContext:
         """Cached tokens before this call."""
         return 0 if self.cache is None else self.cache.length
 
+    def scores(self, q: Tensor, local: bool) -> tuple[Tensor | None, bool]:
+        """Mask of the scores of q (B, S, …), bool or what to add to them, and whether causality alone decides."""
+        if local and self.penalty is not None:
+            return self.penalty.to(q.dtype), False
+        return self.mask, self.mask is None and q.shape[1] > 1
+
     def store(self, slot: str, **new: Tensor) -> dict[str, Tensor]:
         """The new tokens' tensors with the cached ones before them."""
         return new if self.cache is None else self.cache.write(slot, new)
+
+
+def distance_penalty(mask: Tensor | None, past: int, new: int, slopes: Tensor) -> Tensor:
+    """ALiBi (arXiv 2108.12409): −slope · distance where a query may look, −inf where not.
+
+    The distance to a key is the number of tokens after it that the query sees, so padding and other documents
+    do not count.
+
+    Args:
+        mask: bool (B or 1, 1, S, C), or None: causal.
+        past: C − S.
+        new: S.
+        slopes: (H,).
+
+    Returns:
+        (B or 1, H, S, C), in the slopes' dtype.
+    """
+    if mask is None:
+        columns = torch.arange(past + new, device=slopes.device)
+        mask = (columns <= columns[past:, None]).view(1, 1, new, past + new)
+    distance = mask.sum(-1, keepdim=True) - mask.cumsum(-1)
+    return (-slopes.view(1, -1, 1, 1) * distance).masked_fill(~mask, -torch.inf)
 
 
 class GQAttention(nn.Module):
@@ -64,10 +94,12 @@ class GQAttention(nn.Module):
 
     Args:
         cfg: sizes; ``qk_norm`` adds an RMSNorm on each query and key head before the rotation.
+        local: let scores fall with distance, where the context has a penalty.
     """
 
-    def __init__(self, cfg: MythosConfig) -> None:
+    def __init__(self, cfg: MythosConfig, local: bool = False) -> None:
         super().__init__()
+        self.local = local
         self.n_heads, self.n_kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
         self.wk = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
@@ -85,13 +117,14 @@ class GQAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, ctx.rope), apply_rope(k, ctx.rope)
         kv = ctx.store(slot, k=k, v=v)
+        mask, causal = ctx.scores(x, self.local)
         out = attention(
             q.transpose(1, 2),
             kv["k"].transpose(1, 2),
             kv["v"].transpose(1, 2),
             scale=self.head_dim**-0.5,
-            mask=ctx.mask,
-            causal=ctx.mask is None and x.shape[1] > 1,
+            mask=mask,
+            causal=causal,
             dropout=self.dropout if self.training else 0.0,
         )
         return self.wo(out.transpose(1, 2).flatten(2))
@@ -109,10 +142,12 @@ class MLAttention(nn.Module):
 
     Args:
         cfg: sizes.
+        local: let scores fall with distance, where the context has a penalty.
     """
 
-    def __init__(self, cfg: MythosConfig) -> None:
+    def __init__(self, cfg: MythosConfig, local: bool = False) -> None:
         super().__init__()
+        self.local = local
         self.n_heads, self.rank = cfg.n_heads, cfg.kv_lora_rank
         self.rope_dim, self.nope_dim, self.v_dim = cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim
         self.scale = (self.rope_dim + self.nope_dim) ** -0.5
@@ -156,11 +191,12 @@ class MLAttention(nn.Module):
             c, k_rope = latent.split((self.rank, self.rope_dim), -1)
         kv = self.kv_up(c).view(*c.shape[:2], self.n_heads, -1)
         k, v = latent_keys(kv, k_rope, self.nope_dim)
-        dropout, causal = self.dropout if self.training else 0.0, ctx.mask is None and q.shape[1] > 1
+        mask, causal = ctx.scores(q, self.local)
+        dropout = self.dropout if self.training else 0.0
         if causal and not dropout:
             return causal_attention(q, k, v, scale=self.scale).flatten(2)
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = attention(*heads_first, scale=self.scale, mask=ctx.mask, causal=causal, dropout=dropout)
+        out = attention(*heads_first, scale=self.scale, mask=mask, causal=causal, dropout=dropout)
         return out.transpose(1, 2).flatten(2)
 
     def _attend_expanded(
@@ -169,13 +205,14 @@ class MLAttention(nn.Module):
         c, k_rope = latent.split((self.rank, self.rope_dim), -1)
         k_nope, v = self.kv_up(c).view(*c.shape[:2], self.n_heads, -1).split((self.nope_dim, self.v_dim), -1)
         k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)), -1)
+        mask, causal = ctx.scores(q_nope, self.local)
         out = attention(
             torch.cat((q_nope, q_rope), -1).transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             scale=self.scale,
-            mask=ctx.mask,
-            causal=ctx.mask is None and q_nope.shape[1] > 1,
+            mask=mask,
+            causal=causal,
             dropout=self.dropout if self.training else 0.0,
         )
         return out.transpose(1, 2).flatten(2)
@@ -192,7 +229,7 @@ class MLAttention(nn.Module):
             latent,
             self.rank,
             scale=self.scale,
-            mask=ctx.mask,
+            mask=ctx.scores(q_nope, self.local)[0],
             dropout=self.dropout if self.training else 0.0,
         )
         values = torch.bmm(out.flatten(0, 1).transpose(0, 1), w_uv.transpose(1, 2))

@@ -224,7 +224,7 @@ def _read(model: OpenMythos) -> tuple[dict[str, Any], list[kernels.Layer]]:
     _check(loop, RecurrentBlock)
     _check(model.embed, nn.Embedding)
     random = cfg.initial_state == "random" and model.training
-    if random or cfg.halting not in ("select", "off") or model.embed.max_norm is not None:
+    if random or cfg.alibi or cfg.halting not in ("select", "off") or model.embed.max_norm is not None:
         raise _WatchedError
     width, eps = cfg.dim, cfg.norm_eps
     blocks = [*model.prelude_layers, loop.block, *model.coda_layers]
@@ -249,8 +249,9 @@ def _read(model: OpenMythos) -> tuple[dict[str, Any], list[kernels.Layer]]:
     }
     if type(model.input_norm) is not nn.Identity:
         fields["input_norm"] = _norm(model.input_norm, width, eps)
-    if loop.state_norm is not None:
-        fields["state_norm"] = _norm(loop.state_norm, width, eps)
+    for name in ("update_norm", "state_norm"):
+        if (norm := getattr(loop, name)) is not None:
+            fields[name] = _norm(norm, width, eps)
     return fields | _recurrence(loop, cfg) | _attention_sizes(cfg), [_layer(block, cfg) for block in blocks]
 
 

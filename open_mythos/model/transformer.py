@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
-from open_mythos.model.attention import GQAttention, MLAttention, SequenceContext
+from open_mythos.model.attention import GQAttention, MLAttention, SequenceContext, distance_penalty
 from open_mythos.model.cache import CacheError, Entry, KVCache
 from open_mythos.model.layers import Expert, RMSNorm, rope_table
 from open_mythos.model.moe import MoEFFN
@@ -45,13 +45,14 @@ class TransformerBlock(nn.Module):
 
     Args:
         cfg: sizes and attention type.
-        use_moe: mixture of experts instead of one dense feed-forward layer.
+        use_moe: the looped block: a mixture of experts instead of one dense feed-forward layer, and attention
+            that may be local.
     """
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = MLAttention(cfg) if cfg.attn_type == "mla" else GQAttention(cfg)
+        self.attn = (MLAttention if cfg.attn_type == "mla" else GQAttention)(cfg, local=use_moe)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn = MoEFFN(cfg) if use_moe else Expert(cfg.dim, cfg.dense_dim)
         self.dropout = cfg.dropout
@@ -71,7 +72,8 @@ class RecurrentBlock(nn.Module):
         x = norm(h + loop_embedding(t) + e),   u = block(x) − x + lora(block(x), t)
         h' = A ⊙ h + B ⊙ e + u                                          (A inside (0, 1))
 
-    With ``block_output="state"`` u keeps the block's input, as in the public release.
+    With ``block_output="state"`` u keeps the block's input, as in the public release. ``update_norm`` and
+    ``state_norm`` normalise u and h'.
 
     Args:
         cfg: sizes and choices.
@@ -84,6 +86,7 @@ class RecurrentBlock(nn.Module):
         self.block = TransformerBlock(cfg, use_moe=True)
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
         self.injection = LTIInjection(cfg.dim, b_init=0.1 if cfg.init == "upstream" else None)
+        self.update_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.update_norm else None
         self.state_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.state_norm else None
         self.act = ACTHalting(cfg.dim, cfg.halt_bias_init)
         self.loop_dim = cfg.dim // 8 if cfg.loop_embedding else 0
@@ -109,6 +112,8 @@ class RecurrentBlock(nn.Module):
         update = out if self.cfg.block_output == "state" else out - x
         if self.lora is not None:
             update = update + self.lora(out, t)
+        if self.update_norm is not None:
+            update = self.update_norm(update)
         h = self.injection(h, e, update, ctx.memo)
         return h if self.state_norm is None else self.state_norm(h)
 
@@ -339,7 +344,11 @@ class OpenMythos(nn.Module):
         cfg = self.cfg
         width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
         rope = rope_table(positions, width, cfg.rope_theta, self.embed.weight.dtype)
-        return SequenceContext(rope, mask, cache, segments, packed=document_ids is not None)
+        penalty = None
+        if cfg.alibi:
+            slopes = cfg.alibi * 0.5 ** torch.arange(cfg.n_heads, device=tokens.device)
+            penalty = distance_penalty(mask, past, new, slopes)
+        return SequenceContext(rope, mask, cache, segments, document_ids is not None, penalty)
 
     def _in_one_kernel(self, ids: Tensor, ctx: SequenceContext, n_loops: int) -> Tensor | None:
         """Logits of a few tokens after cached ones, where the CPU kernel serves; else None."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import EveryLoop, KVCache, LastLoop, MLAttention, MythosConfig, OpenMythos
+from open_mythos.model.attention import distance_penalty
 from open_mythos.model.cache import CacheError
 
 ATOL = 1e-12
@@ -148,6 +149,33 @@ def test_a_packed_document_equals_the_document_alone(attn_type: str, n_loops: in
             own = (marks["document_ids"][row] == document) & real[row]
             if own.any():
                 near(full[row, own], model(ids[row, own].unsqueeze(0), n_loops)[0])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@torch.no_grad()
+def test_scores_that_fall_with_distance_fall_alike_however_tokens_are_fed(attn_type: str, name: str) -> None:
+    model, plain = build(attn_type, alibi=0.7), build(attn_type)
+    ids, marks, real = layout(name)
+    full = model(ids, 4, **marks)
+    assert (full - plain(ids, 4, **marks))[real].abs().max() > 1e-3
+    for cuts in ((4,), (2, 5), tuple(range(1, S))):
+        near(chunked(model, ids, cuts, 4, KVCache(), **marks)[real], full[real])
+    documents = marks.get("document_ids", torch.zeros_like(ids))
+    for row in range(len(LENGTHS)):
+        for document in documents[row].unique():
+            own = (documents[row] == document) & real[row]
+            if own.any():
+                near(full[row, own], model(ids[row, own].unsqueeze(0), 4)[0])
+
+
+def test_the_distance_penalty_is_slope_times_distance() -> None:
+    got = distance_penalty(None, 2, 3, torch.tensor([1.0, 0.25]))
+    for head, slope in enumerate((1.0, 0.25)):
+        for query in range(3):
+            for key in range(5):
+                distance = query + 2 - key
+                assert got[0, head, query, key] == (-slope * distance if distance >= 0 else -torch.inf)
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
