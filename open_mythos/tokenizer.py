@@ -6,6 +6,7 @@ Importing this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,28 @@ class MythosTokenizer:
             backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         )
         return hashlib.sha256(f"{content} {self.eos_id} {self.bos_id}".encode()).hexdigest()
+
+    def byte_lengths(self) -> list[int] | None:
+        """How many bytes of text each id stands for, (V,); special tokens, which stand for none, count as one.
+
+        None for a tokenizer whose ids do not stand for the same bytes everywhere: one that is not byte-level, or that
+        changes the text first.
+        """
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return [1] * self.tokenizer.vocab_size
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        made = json.loads(backend.to_str())
+        if (made["decoder"] or {}).get("type") != "ByteLevel" or made["normalizer"] is not None:
+            return None
+        marks = {token["id"] for token in made["added_tokens"]}
+        lengths = [1] * len(self)
+        for token, number in self.tokenizer.get_vocab().items():
+            lengths[number] = (
+                1 if number in marks else len(token)
+            )  # one character of such a token is one byte
+        return lengths
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of ``token_ids``, special tokens left out."""

@@ -148,6 +148,15 @@ class DataConfig:
                 )
         return tokenizer
 
+    def byte_lengths(self) -> list[int] | None:
+        """How many bytes of text each id stands for; None if that cannot be said.
+
+        Raises:
+            ConfigError: the tokenizer cannot be had.
+        """
+        tokenizer = self.tokenizer()
+        return None if isinstance(tokenizer, Ids) else tokenizer.byte_lengths()
+
     def tokens(self, given: Container[str] = ()) -> dict[str, int | None]:
         """Model fields that the data decides: vocab_size and the special ids.
 

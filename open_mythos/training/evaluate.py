@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from open_mythos.config import ConfigError
 from open_mythos.model import OpenMythos
+from open_mythos.model.attention import SequenceContext
+from open_mythos.model.recurrence import HaltingWeights
 from open_mythos.model.transformer import evaluating
 from open_mythos.tasks.base import IGNORE_INDEX, SPLIT_SHARES
+from open_mythos.training.acceleration import lowered
 from open_mythos.training.checks import choice
 from open_mythos.training.config import RunConfig
 from open_mythos.training.sources import evaluation_batches
@@ -38,8 +41,10 @@ def sweep(
     """Evaluate one split at each loop count.
 
     A task is scored by the share of right answers, and once more at every difficulty in ``eval.levels``. Text
-    is scored in bits per byte (per token, with another tokenizer): mean cross entropy in nats over ln 2, the
-    end mark of a document counted as a byte. The model runs as it would in use, halting included.
+    is scored in bits per byte: cross entropy in nats over ln 2 and over the UTF-8 bytes of the text that is
+    scored, the end mark of a document counted as one, so that tokenizers can be compared. Where what a token
+    stands for is not known (token files, tokenizers that are not byte-level) it is bits per token. The model runs
+    as it would in use, halting included; on text in the precision of its training.
 
     Args:
         model: the trained model; its mode is left as it was.
@@ -66,17 +71,22 @@ def sweep(
     if config.data.is_task:
         unit = unit or config.data.task().difficulty
         names |= {f"{split}@{level} {unit}": level for level in config.eval.levels}
-    score = _accuracy if config.data.is_task else _bits
+    lengths = None if config.data.is_task else config.data.byte_lengths()
     splits: dict[str, Any] = {}
     with evaluating(model):
         for name, level in names.items():
             if tell is not None:
                 tell(f"evaluating {name}")
             batches = [_to(model, batch) for batch in evaluation_batches(config, split, level)]
-            splits[name] = {"loops": chosen, "values": [score(model, batches, count) for count in chosen]}
+            if config.data.is_task:
+                values = [_accuracy(model, batches, count) for count in chosen]
+            else:
+                with lowered(model, torch.bfloat16 if config.parallel.precision == "bf16" else None):
+                    values = _bits(model, batches, chosen, lengths)
+            splits[name] = {"loops": chosen, "values": values}
     return {
         "task": config.data.source if config.data.is_task else _text_name(config.data.source),
-        "metric": _metric(config),
+        "metric": "accuracy" if config.data.is_task else _unit(lengths),
         "loops": chosen,
         "trained_mean": run["loops"]["mean"],
         "trained_max": run["loops"]["max"],
@@ -84,10 +94,8 @@ def sweep(
     }
 
 
-def _metric(config: RunConfig) -> str:
-    if config.data.is_task:
-        return "accuracy"
-    return "bits_per_byte" if config.data.is_bytes else "bits_per_token"
+def _unit(lengths: Sequence[int] | None) -> str:
+    return "bits_per_token" if lengths is None else "bits_per_byte"
 
 
 def _to(model: OpenMythos, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,11 +120,41 @@ def _accuracy(model: OpenMythos, batches: Sequence[Mapping[str, Tensor]], n_loop
 
 
 @torch.inference_mode()
-def _bits(model: OpenMythos, batches: Sequence[Mapping[str, Tensor]], n_loops: int) -> float:
-    nats, scored = 0.0, 0
+def _bits(
+    model: OpenMythos,
+    batches: Sequence[Mapping[str, Tensor]],
+    counts: Sequence[int],
+    lengths: Sequence[int] | None,
+) -> list[float]:
+    """Bits per byte at each loop count, or per token where ``lengths``, the bytes of each id, are not known."""
+    device = model.embed.weight.device
+    sizes = torch.ones(model.cfg.vocab_size, dtype=torch.int64, device=device)
+    if lengths is not None:
+        sizes[: len(lengths)] = torch.tensor(lengths, device=device)
+    nats = {count: torch.zeros((), dtype=torch.float64, device=device) for count in counts}
+    scored = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches:
         targets = batch["targets"].flatten()
-        logits = model(batch["ids"], n_loops, document_ids=batch.get("document_ids")).flatten(0, 1).float()
-        nats += float(F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum"))
-        scored += int((targets != IGNORE_INDEX).sum())
-    return nats / scored / math.log(2)
+        scored += sizes[targets[targets != IGNORE_INDEX]].sum()
+        ctx = model.context(batch["ids"], document_ids=batch.get("document_ids"))
+        for count, state in _states(model, batch["ids"], ctx, sorted(set(counts))):
+            logits = model.coda(state, ctx).flatten(0, 1).float()
+            nats[count] += F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return [float(nats[count]) / int(scored) / math.log(2) for count in counts]
+
+
+def _states(
+    model: OpenMythos, ids: Tensor, ctx: SequenceContext, counts: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """What :meth:`OpenMythos.think` hands over after each of these loop counts (ascending), each loop run once."""
+    e = model.prelude(ids, ctx)
+    h = out = model.initial_state(e)
+    if model.cfg.halting in ("average", "upstream"):  # the weights depend on which loop is the last
+        yield from ((count, model.think(h, e, ctx, range(count))) for count in counts)
+        return
+    weights = HaltingWeights(model.cfg)
+    for t in range(counts[-1]):
+        h = model.step(h, e, t, ctx)
+        out = h if model.cfg.halting == "off" else weights.observe(h, model.recurrent.act(h), out)
+        if t + 1 in counts:
+            yield t + 1, out
