@@ -12,8 +12,10 @@ import glob
 import importlib
 import io
 import json
+import lzma
 import os
 import platform
+import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +27,11 @@ from open_mythos.config import ConfigError
 from open_mythos.training.checks import error
 from open_mythos.training.dataconfig import HUB, DataConfig
 
-__all__ = ["Record", "Source", "open_source", "python_corpus"]
+__all__ = ["SPLITS", "Record", "Source", "open_source", "python_corpus", "split_named"]
 
+SPLITS = ("train", "validation", "test")
 TEXT_SUFFIXES = (".md", ".py", ".txt")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 SUFFIXES = (*JSONL_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
 TOKEN_SUFFIXES = (".bin", ".npy")
 
@@ -68,11 +71,18 @@ class Source:
         records: can be walked once.
         identity: JSON-ready; the same as long as the records are. Local files count by name, path, size and time.
         skipped: name of a file or directory that holds no records → why. A directory counts once.
+        dealt: the files are named by their splits, all three; see :func:`split_named`.
     """
 
     records: Iterator[Record]
     identity: Any
     skipped: Mapping[str, str] = field(default_factory=dict)
+    dealt: bool = False
+
+
+def split_named(where: str) -> str:
+    """What stands before the first dot or slash: "test" of "test.jsonl.xz:12" and of "test/000.parquet:3"."""
+    return re.split(r"[./]", where, maxsplit=1)[0]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -93,7 +103,9 @@ def open_source(data: DataConfig) -> Source:
         raise ConfigError(
             f"data.source = {data.source!r} is not allowed: it holds no file with suffix {', '.join(suffixes)}"
         )
-    return Source(_file_records(found, data), stamps(found), skipped)
+    dealt = {split_named(name) for name, _ in found} == set(SPLITS)
+    identity = ["dealt", *stamps(found)] if dealt else stamps(found)
+    return Source(_file_records(found, data), identity, skipped, dealt)
 
 
 def stamps(found: list[tuple[str, Path]]) -> list[list[Any]]:
@@ -238,13 +250,13 @@ def _jsonl(name: str, path: Path, data: DataConfig) -> Iterator[Record]:
 
 def _fault(path: Path) -> Record | None:
     """What is wrong with a compressed file."""
-    if path.suffix not in (".gz", ".zst"):
+    if path.suffix not in (".gz", ".xz", ".zst"):
         return None
     try:
         with _opened(path) as file:
             while file.read(_CHUNK):
                 pass
-    except (EOFError, OSError, zlib.error) as problem:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as problem:
         detail = " ".join(str(problem).split())
         cut = isinstance(problem, EOFError) or detail.startswith("Truncated")
         return Record("", None, "truncated" if cut else "damaged", detail)
@@ -296,6 +308,8 @@ def _opened(path: Path) -> Any:
         import gzip
 
         return gzip.open(path)
+    if path.suffix == ".xz":
+        return lzma.open(path)
     if path.suffix == ".zst":
         from open_mythos.training.tables import zstd_stream
 

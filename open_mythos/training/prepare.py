@@ -27,14 +27,13 @@ from numpy.typing import NDArray
 
 from open_mythos.config import ConfigError
 from open_mythos.tokenizer import Ids, MythosTokenizer
-from open_mythos.training.data import Record, Source, open_source
+from open_mythos.training.data import SPLITS, Record, Source, open_source, split_named
 from open_mythos.training.dataconfig import DataConfig
 from open_mythos.training.shards import FORMAT, INDEX, ShardWriter, read_index, token_dtype
 
 __all__ = ["REPORT", "Prepared", "prepare", "split_of_name"]
 
 REPORT = "data_report.json"
-SPLITS = ("train", "validation", "test")
 SHARES = (0.9, 0.05, 0.05)
 # Below this, a split by document would leave a part empty or tiny: each document is cut instead.
 FEW_DOCUMENTS = 20
@@ -237,7 +236,8 @@ class _Builder:
         with ExitStack() as stack:
             writers = [ShardWriter(self.folder, split, self.dtype) for split in SPLITS]
             self.writers = [stack.enter_context(writer) for writer in writers]
-            for batch in _batches(self._divided(self._good(source.records))):
+            good = self._good(source.records)
+            for batch in _batches(self._dealt(good) if source.dealt else self._divided(good)):
                 if self._write(batch):
                     break
             splits = {split: writer.finish() for split, writer in zip(SPLITS, self.writers, strict=True)}
@@ -262,13 +262,18 @@ class _Builder:
             "documents": self.documents,
             "bad": report["bad"],
             "skipped": skipped,
-            "split": f"each document cut, for there are fewer than {FEW_DOCUMENTS}"
-            if self.cut
-            else "whole documents",
+            "split": self._division(source),
             "splits": splits,
         }
         for name, value in ((REPORT, report), (INDEX, index)):
             (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+    def _division(self, source: Source) -> str:
+        if source.dealt:
+            return "by the names of the files"
+        return (
+            f"each document cut, for there are fewer than {FEW_DOCUMENTS}" if self.cut else "whole documents"
+        )
 
     def _good(self, records: Iterable[Record]) -> Iterator[Record]:
         """Records with nothing wrong, the text of each as UTF-8 or ids; the others are counted and located."""
@@ -284,6 +289,11 @@ class _Builder:
                 raise _refused(found)
             if len(self.located) < LOCATED:
                 self.located.append(found)
+
+    def _dealt(self, records: Iterator[Record]) -> Iterator[_Document]:
+        """Documents with the splits that their files are named by."""
+        for record in records:
+            yield _Document(SPLITS.index(split_named(record.where)), record.text)
 
     def _divided(self, records: Iterator[Record]) -> Iterator[_Document]:
         """Documents with their splits: whole ones by their names, or, where there are few, each cut in three."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import lzma
 import os
 import random
 import signal
@@ -408,3 +409,35 @@ def test_the_config_for_fineweb_edu_trains_on_parquet_of_its_schema(root: Path, 
     assert any(piece in row for row in rows)
     assert next(iter(evaluation_batches(config, "test")))["ids"].shape[1] == 64
     stream.close()
+
+
+def test_files_named_by_their_splits_are_those_splits(tmp_path: Path) -> None:
+    words = {"train": ["one", "two"], "validation": ["three"], "test": ["four"]}
+    for split, rows in words.items():
+        plain = jsonl(tmp_path / f"{split}.jsonl", rows)
+        plain.with_suffix(".jsonl.xz").write_bytes(lzma.compress(plain.read_bytes()))
+        plain.unlink()
+    prepared = make(tmp_path, cache=str(tmp_path / "cache"))
+    found = {split: [bytes(d).decode() for d in documents(prepared, split)] for split in SPLITS}
+    assert found == words
+    assert prepared.report()["split"] == "by the names of the files"
+
+
+def test_two_files_named_by_splits_are_split_like_any_others(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        jsonl(tmp_path / f"{split}.jsonl", [f"{split} {number}" for number in range(200)])
+    prepared = make(tmp_path, cache=str(tmp_path / "cache"))
+    assert {bytes(d).split()[0] for d in documents(prepared, "train")} == {b"train", b"test"}
+
+
+@pytest.mark.parametrize(("harm", "reason"), [("cut", "truncated"), ("flip", "damaged")])
+def test_a_harmed_xz_file_is_found_out(tmp_path: Path, harm: str, reason: str) -> None:
+    packed = bytearray(lzma.compress(b"".join(b'{"text": "row %d"}\n' % n for n in range(5000))))
+    if harm == "cut":
+        del packed[len(packed) // 2 :]
+    else:
+        packed[len(packed) // 2] ^= 255
+    (tmp_path / "x.jsonl.xz").write_bytes(packed)
+    jsonl(tmp_path / "y.jsonl", [f"whole {number}" for number in range(30)])
+    prepared = make(tmp_path, cache=str(tmp_path / "cache"))
+    assert prepared.index["bad"] == {reason: 1}
