@@ -1,0 +1,222 @@
+"""Exits on a trained language model: how few loops keep the bits of full depth, and which tokens get them.
+
+The setting of every rule is chosen on the validation split; the split that is reported is read afterwards, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from open_mythos.config import ConfigError
+from open_mythos.reproduce.base import Experiment, Record, Run, by_arm, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from open_mythos.model import OpenMythos
+
+__all__ = ["Exits", "Halting"]
+
+
+@dataclass(frozen=True)
+class Exits(Experiment):
+    """Exit rules, each with the loosest setting that keeps the validation bits of full depth.
+
+    Options:
+        full: loops of full depth; 0: the mean of the training, rounded. Measured against more, a rule would
+            look better.
+        slack: bits per token that may be lost, as a share.
+        margin: the part of the slack that the search leaves unused, as the reported split differs.
+        search_tokens, test_tokens: of the validation split and of the reported one.
+        batch_tokens: of one pass.
+        families: names of :data:`~open_mythos.reproduce.exits_measure.FAMILIES`.
+        decode_tokens: new tokens whose decoding is timed; 0 times none.
+        check_tokens: tokens in float64 for :func:`~open_mythos.reproduce.exits_measure.consistency`; 0: none.
+    """
+
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "full": 0,
+        "slack": 0.005,
+        "margin": 0.2,
+        "search_tokens": 131_072,
+        "test_tokens": 1_000_000,
+        "batch_tokens": 16_384,
+        "families": ["fixed", "state", "act", "kl", "kl-second", "kl-head", "same", "top", "entropy"],
+        "decode_tokens": 64,
+        "check_tokens": 48,
+    }
+
+    def measure(self, run: Run, model: OpenMythos, split: str) -> Record:
+        """Every rule, searched and reported, and what the best one does with real text."""
+        from open_mythos.reproduce import exits_measure as em
+
+        options, config = run.options, run.config
+        full = options["full"] or max(2, round(run.record["loops"]["mean"]))
+        families = self._families(model, options)
+        kept = em.Kept(run.folder / f"exits-{split}.json", run.identity(split, self.code))
+        study = em.Study(model, config, full, options["batch_tokens"], kept)
+        base, limit, found = study.search(
+            families, options["search_tokens"], options["slack"] * (1 - options["margin"])
+        )
+        reported = em.Text(model, config, split, options["test_tokens"], options["batch_tokens"])
+        whole, rules = study.report(families, found, reported)
+        best = self._best(rules)
+        rule = families[best["name"]].make(best["number"], full)
+        return {
+            "metric": "bits_per_byte" if config.data.is_bytes else "bits_per_token",
+            "full": full,
+            "full_bits": whole["full"].bits,
+            "two_bits": whole["two"].bits,
+            "full_in_search": base,
+            "limit": limit,
+            "tokens": len(whole["full"].nats),
+            "rules": rules,
+            "best": {key: best[key] for key in _BEST},
+            **self._use(run, reported, rule, full),
+        }
+
+    def _families(self, model: OpenMythos, options: Mapping[str, Any]) -> dict[str, Any]:
+        from open_mythos.reproduce.exits_measure import FAMILIES
+
+        for name in options["families"]:
+            if name not in FAMILIES:
+                raise ConfigError(
+                    f"options.families: {name!r} is not allowed: each must be one of {', '.join(FAMILIES)}"
+                )
+        untrained = model.cfg.halting == "off"
+        names = [name for name in options["families"] if not (name == "act" and untrained)]
+        if all(not FAMILIES[name].heeds for name in names):
+            raise ConfigError("options.families is not allowed: it must name a rule that heeds the token")
+        return {name: FAMILIES[name] for name in names}
+
+    @staticmethod
+    def _best(rules: Sequence[Record]) -> Record:
+        """Fewest FLOPs in the search among the rules that heed the token and kept the bits."""
+
+        def searched(rule: Record) -> tuple[bool, float]:
+            mine = [point for point in rule["search"] if point["value"] == rule["number"]]
+            return not rule["met_in_search"], mine[0]["flops_share"] if mine else 1.0
+
+        return min((rule for rule in rules if rule["heeds"]), key=searched)
+
+    def _use(self, run: Run, text: Any, rule: Any, full: int) -> Record:
+        """The best rule on some text, in float64 on each path, and its time."""
+        from open_mythos.reproduce import exits_measure as em
+
+        model, ids = text.model, text.rows["ids"].to(text.model.embed.weight.device)
+        shown = ids[:1, :400]
+        loops = em.exits.forward(model, shown, rule, full).loops[0].tolist()
+        record: Record = {"rule": repr(rule), "text": em.shown_text(run.config, shown[0].tolist(), loops)}
+        if run.options["check_tokens"]:
+            record["consistency"] = em.consistency(model, ids[:1, : run.options["check_tokens"]], rule, full)
+        if run.options["decode_tokens"]:
+            record["decode"] = em.decode(model, ids[:1, :32], rule, full, run.options["decode_tokens"])
+        return record
+
+    def summary(self, records: Sequence[Record]) -> Record:
+        """A row for each rule of each arm."""
+        rows = []
+        for arm, some in by_arm(records).items():
+            title = self.arms[arm].title
+            for name in dict.fromkeys(rule["name"] for r in some for rule in r["measured"]["rules"]):
+                found = [rule for r in some for rule in r["measured"]["rules"] if rule["name"] == name]
+                cells = [
+                    spread([rule[key] if rule[key] is None else rule[key] - less for rule in found])
+                    if found[0][key] is not None
+                    else None
+                    for key, less in _COLUMNS.values()
+                ]
+                label = f"{title}: {found[0]['title']}" if len(self.arms) > 1 else found[0]["title"]
+                rows.append({"arm": arm, "title": label, "cells": cells})
+        return {"columns": list(_COLUMNS), "rows": rows, "format": ["plain", *["percent"] * 3, "plain"]}
+
+    def draw(self, records: Sequence[Record]) -> Figure:
+        """Bits against loops, loops against difficulty, and a text coloured by loops."""
+        from open_mythos.reproduce.exits_figure import exits
+
+        return exits(records, self.title)
+
+
+_COLUMNS = {
+    "loops": ("loops", 0),
+    "loops, of full depth": ("loops_share", 0),
+    "FLOPs, of full depth": ("flops_share", 0),
+    "bits lost": ("bits_ratio", 1),
+    "loops with surprisal (Spearman)": ("spearman", 0),
+}
+_BEST = (
+    "name",
+    "title",
+    "number",
+    "met_in_search",
+    "bits",
+    "bits_ratio",
+    "loops",
+    "loops_share",
+    "flops_share",
+    "spearman",
+    "spearman_two_loops",
+)
+
+
+@dataclass(frozen=True)
+class Halting(Experiment):
+    """Whether the halting head learns to stop somewhere, and costs no accuracy.
+
+    Options:
+        level: difficulty that is measured; 0: the one trained on.
+    """
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"level": 0}
+
+    def measure(self, run: Run, model: OpenMythos, split: str) -> Record:
+        """Mean loops under the head's own threshold with exits, and the accuracy with and without them.
+
+        ``alive`` is 1 if that mean lies above one loop and below the most, by more than a hundredth of a loop.
+        """
+        from open_mythos.inference import exits
+        from open_mythos.reproduce.exits_measure import answers
+
+        most = int(run.record["loops"]["max"])
+        act = exits.ACT(min(model.cfg.act_threshold, 1.0))
+        rows = answers(
+            model, run.config, split, run.options["level"], {"act": act, "last": exits.Never()}, most
+        )
+        mean = rows["act"]["loops"]
+        return {
+            "metric": "accuracy",
+            "most": most,
+            "mean_exit": mean,
+            "histogram": rows["act"]["histogram"],
+            "halting": rows["act"]["accuracy"],
+            "last": rows["last"]["accuracy"],
+            "lost": rows["last"]["accuracy"] - rows["act"]["accuracy"],
+            "alive": float(1.01 < mean < most - 0.01),
+        }
+
+    def summary(self, records: Sequence[Record]) -> Record:
+        """Exit, accuracies and loss of each arm."""
+        columns = {
+            "mean exit": "mean_exit",
+            "alive": "alive",
+            "accuracy, halting": "halting",
+            "accuracy, last state": "last",
+            "lost": "lost",
+        }
+        rows = [
+            {
+                "arm": arm,
+                "title": self.arms[arm].title,
+                "cells": [spread([r["measured"][key] for r in some]) for key in columns.values()],
+            }
+            for arm, some in by_arm(records).items()
+        ]
+        return {"columns": list(columns), "rows": rows, "format": ["plain", "plain", *["percent"] * 3]}
+
+    def draw(self, records: Sequence[Record]) -> Figure:
+        """Mean exit and lost accuracy of every seed."""
+        from open_mythos.reproduce.exits_figure import halting
+
+        return halting(records, self.title)
