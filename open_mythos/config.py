@@ -77,6 +77,9 @@ class MythosConfig:
             (arXiv 2108.12409): what is near counts, and positions farther than trained look like those trained.
             0 leaves it out.
         loop_embedding: add a sinusoidal loop index to the first ``dim // 8`` channels the block reads.
+        extra_loops: while training, a forward pass with T loops first runs up to ``extra_loops · T`` more, without
+            gradient and drawn anew each time, so that the loop learns to go on from wherever it stands. It is
+            for training loops of one's own; the trainer draws its loops itself, as [loops] says.
         halting: what the loop hands to the coda. ``"select"``: for each position the state at which its
             cumulative halting probability reaches act_threshold, else the last. ``"average"``: ACT's weighted
             sum, weights summing to one. ``"upstream"``: the public release's sum, remainder missing.
@@ -132,6 +135,7 @@ class MythosConfig:
     state_norm: bool = False
     alibi: float = 0.0
     loop_embedding: bool = False
+    extra_loops: float = 0.0
     halting: Halting = "select"
     halt_bias_init: float = -3.0
     halt_tolerance: float = 0.05
@@ -258,6 +262,7 @@ _UPSTREAM: dict[str, Any] = {
     "state_norm": False,
     "alibi": 0.0,
     "loop_embedding": True,
+    "extra_loops": 0.0,
     "halting": "upstream",
     "halt_bias_init": 0.0,
     "router_bias_rate": 0.0,
@@ -331,6 +336,7 @@ _RULES: dict[str, _Int | _Float | _Choice | type] = {
     "state_norm": bool,
     "alibi": _Float(0),
     "loop_embedding": bool,
+    "extra_loops": _Float(0),
     "halting": _Choice(get_args(Halting)),
     "halt_bias_init": _Float(),
     "halt_tolerance": _Float(0, open_low=True),

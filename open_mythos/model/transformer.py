@@ -150,6 +150,7 @@ class OpenMythos(nn.Module):
         # DDP would overwrite every rank's counts with rank 0's before they are summed.
         loads = [name for name, _ in self.named_buffers() if name.endswith("expert_load")]
         self._ddp_params_and_buffers_to_ignore = loads
+        self._passes = 0  # forward passes with gradients
         self.reset_parameters()
 
     # The three ways in.
@@ -225,6 +226,22 @@ class OpenMythos(nn.Module):
                 out = out + weights.next(p, last=i == len(loops) - 1).unsqueeze(-1).to(h.dtype) * h
         return out
 
+    def _settle(self, h: Tensor, e: Tensor, ctx: SequenceContext, n_loops: int) -> tuple[Tensor, int]:
+        """While training, the state after 0 … extra_loops · n_loops loops without gradient, and how many.
+
+        The number follows from how many passes there were, so that all processes that train it draw the same.
+        """
+        most = int(self.cfg.extra_loops * n_loops)
+        learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not most or not learns or ctx.cache is not None:
+            return h, 0
+        self._passes += 1
+        with torch.no_grad():
+            extra = int(torch.randint(most + 1, (), generator=torch.Generator().manual_seed(self._passes)))
+            for t in range(extra):
+                h = self.step(h, e, t, ctx)
+        return h, extra
+
     def _think_and_learn(
         self, h: Tensor, e: Tensor, ctx: SequenceContext | None, loops: list[int | Tensor]
     ) -> Tensor:
@@ -289,7 +306,8 @@ class OpenMythos(nn.Module):
             logits = self._in_one_kernel(input_ids, ctx, n_loops)
             if logits is None:
                 e = self.prelude(input_ids, ctx)
-                h = self.think(self.initial_state(e), e, ctx, range(n_loops))
+                h, begun = self._settle(self.initial_state(e), e, ctx, n_loops)
+                h = self.think(h, e, ctx, range(begun, begun + n_loops))
                 logits = self.coda(h, ctx) if logits_at is None else self.coda(h, ctx, logits_at)
             elif logits_at is not None:
                 logits = _rows(logits, logits_at)

@@ -90,12 +90,12 @@ def test_meta_construction_and_materialisation() -> None:
 @pytest.mark.parametrize("attn_type", ATTENTION)
 def test_reset_parameters_leaves_nothing_of_what_was_there(attn_type: str) -> None:
     with torch.device("meta"):
-        model = OpenMythos(config(attn_type, state_norm=True))
+        model = OpenMythos(config(attn_type, state_norm=True, update_norm=True))
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(7)
-    fresh = build(attn_type, state_norm=True)
+    fresh = build(attn_type, state_norm=True, update_norm=True)
     for each in (model, fresh):
         torch.manual_seed(0)
         each.reset_parameters()
@@ -298,3 +298,23 @@ def test_the_compiled_model_computes_the_same() -> None:
     plain = model(ids, n_loops=2)
     compiled = torch.compile(model, backend="aot_eager")(ids, n_loops=2)
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+
+def test_extra_loops_run_before_the_asked_ones_while_training() -> None:
+    """The state is the one after all loops, and each number comes up."""
+    torch.manual_seed(0)
+    model = build(extra_loops=1.0, halting="off").double()
+    plain = build(extra_loops=0.0, halting="off").double()
+    plain.load_state_dict(model.state_dict())
+    ids = torch.randint(0, model.cfg.vocab_size, (2, 5))
+    seen = []
+    for _ in range(24):
+        model.train()
+        logits = model(ids, 3)
+        totals = [plain.eval()(ids, 3 + extra) for extra in range(4)]
+        seen.append([bool(torch.allclose(logits, total, atol=1e-12)) for total in totals].index(True))
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids, 3), totals[0])
+        model.recurrent.block.ffn.router_bias.copy_(plain.recurrent.block.ffn.router_bias)
+    assert set(seen) == {0, 1, 2, 3}
+    torch.testing.assert_close(model.eval()(ids, 3), plain(ids, 3))
