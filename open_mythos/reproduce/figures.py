@@ -30,8 +30,8 @@ _MARKS = "osD^vP"
 
 
 def panels(count: int, size: tuple[float, float] = (4.3, 3.6)) -> tuple[Figure, list[Any]]:
-    """A figure with so many axes beside each other, two rows of them from five on; each of this size in inches."""
-    columns = count if count <= 4 else math.ceil(count / 2)
+    """A figure with so many axes beside each other, two rows of them from four on; each of this size in inches."""
+    columns = count if count <= 3 else math.ceil(count / 2)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(5.6, size[0] * columns), size[1] * rows + 0.5))
     FigureCanvasAgg(figure)
@@ -86,6 +86,9 @@ def _line(ax: Any, records: Sequence[Record], level: str, index: int) -> None:
         return
     counts = [n for n, _ in shown]
     colour = _colour(index)
+    if len(counts) == 1:  # it never loops: its one value holds for all loop counts
+        ax.axhline(median(shown[0][1]), color=colour, linestyle=(0, (4, 3)))
+        return
     ax.plot(counts, [median(c) for _, c in shown], marker=_MARKS[index % 6], color=colour)
     low, high = [min(c) for _, c in shown], [max(c) for _, c in shown]
     ax.fill_between(counts, low, high, color=colour, alpha=0.16, linewidth=0)

@@ -84,7 +84,7 @@ def build(
     complete = not settings.quick and all((run.arm, run.seed) in done for run in runs)
     order = list(experiment.arms)
     records = sorted(records, key=lambda record: (order.index(record["arm"]), record["seed"]))
-    verdict = experiment.judge(records)
+    verdict = _judged(experiment, settings, records)
     return {
         "name": experiment.name,
         "title": experiment.title,
@@ -111,6 +111,16 @@ def build(
         "failed": list(failed),
         "runs": records,
     }
+
+
+def _judged(experiment: Experiment, settings: Settings, records: Sequence[Record]) -> Verdict:
+    try:
+        return experiment.judge(records)
+    except ConfigError as problem:
+        # A toy may leave out the difficulty or loop count that a target asks for.
+        if not settings.quick:
+            raise
+        return Verdict(False, f"A toy cannot be judged: {problem}.")
 
 
 def _arm(arm: Arm, records: Sequence[Record]) -> Record:

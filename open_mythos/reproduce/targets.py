@@ -186,7 +186,7 @@ def read_target(table: Any, arms: Sequence[str]) -> Target:
 def shown(number: float | None, percent: bool) -> str:
     """A number in words for people."""
     if number is None:
-        return "not finite"
+        return "no number"
     return f"{100 * number:.4g} %" if percent else f"{number:.4g}"
 
 
