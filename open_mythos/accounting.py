@@ -74,7 +74,7 @@ def parameters(cfg: MythosConfig) -> ParameterCount:
         "recurrent.lora": cfg.lora_rank * (2 * D + cfg.max_loop_iters),
         "recurrent.injection": 2 * D + 1,
         "recurrent.halting": D + 1,
-        "recurrent.norms": (4 if cfg.state_norm else 3) * D,
+        "recurrent.norms": (3 + cfg.update_norm + cfg.state_norm) * D,
         "coda": cfg.coda_layers * dense + D,
         "head": 0 if cfg.tie_embeddings else cfg.vocab_size * D,
     }

@@ -175,7 +175,8 @@ class Step(ctypes.Structure):
         (_N, "rope_half rope_batch"),
         (_P, "mask"),
         (_N, "mask_batch mask_token"),
-        (_P, "layers slots input_norm loop_norm log_A log_dt B lora_down lora_B lora_scale state_norm"),
+        (_P, "layers slots input_norm loop_norm log_A log_dt B lora_down lora_B lora_scale"),
+        (_P, "update_norm state_norm"),
         (_P, "halt halt_bias norm head room logits"),
     )
 

@@ -46,7 +46,7 @@ typedef struct {
     const float *input_norm, *loop_norm;          /* (D) or null, (D) */
     const float *log_A, *log_dt, *B;              /* (D), (1), (D) */
     const float *lora_down, *lora_B, *lora_scale; /* (L, D), (L, D), (lora_rows, L), or null */
-    const float *state_norm;                      /* (D) or null */
+    const float *update_norm, *state_norm;        /* (D) or null */
     const float *halt, *halt_bias;                /* (D), (1), or null: the last state counts */
     const float *norm, *head;                     /* (D), (vocab, D) */
     float *room, *logits;                         /* as om_room says; (N, vocab) */
@@ -336,22 +336,25 @@ static void loop_input(const Step *s, i64 loop, const Work *t) {
     for (i64 n = 0; n < s->N; n++) norm_row(t->x + n * D, s->loop_norm, D, s->eps, t->x + n * D);
 }
 
-/* h = A h + B e + u, u = block(x) [- x] + lora(block(x)); then the norm of the state. */
+/* h = A h + B e + u, u = block(x) [- x] + lora(block(x)), perhaps normalised; then the norm of the state. */
 static void next_state(const Step *s, i64 loop, const Work *t) {
     const i64 D = s->D;
     const float *scale = s->lora_scale + (loop < s->lora_rows ? loop : s->lora_rows - 1) * s->L;
     for (i64 n = 0; n < s->N; n++) {
         float *h = t->h + n * D;
-        const float *x = t->x + n * D, *z = t->z + n * D, *e = t->e + n * D;
+        float *x = t->x + n * D, *u = x; /* x is made anew in the next loop */
+        const float *z = t->z + n * D, *e = t->e + n * D;
 #pragma omp simd
-        for (i64 i = 0; i < D; i++)
-            h[i] = t->decay[i] * h[i] + (s->B[i] * e[i] + (s->keeps_input ? z[i] : z[i] - x[i]));
+        for (i64 i = 0; i < D; i++) u[i] = s->keeps_input ? z[i] : z[i] - x[i];
         if (s->L) dots(s->lora_down, D, s->L, z, D, 1, D, t->low, 1, 1);
         for (i64 r = 0; r < s->L; r++) {
             const float amount = t->low[r] * scale[r], *row = s->lora_B + r * D;
 #pragma omp simd
-            for (i64 i = 0; i < D; i++) h[i] += amount * row[i];
+            for (i64 i = 0; i < D; i++) u[i] += amount * row[i];
         }
+        if (s->update_norm) norm_row(u, s->update_norm, D, s->eps, u);
+#pragma omp simd
+        for (i64 i = 0; i < D; i++) h[i] = t->decay[i] * h[i] + (s->B[i] * e[i] + u[i]);
         if (s->state_norm) norm_row(h, s->state_norm, D, s->eps, h);
     }
 }

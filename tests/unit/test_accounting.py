@@ -73,6 +73,7 @@ def random_config(seed: int) -> MythosConfig:
         tie_embeddings=draw.random() < 0.5,
         qk_norm=draw.random() < 0.5,
         input_norm=draw.random() < 0.5,
+        update_norm=draw.random() < 0.5,
         state_norm=draw.random() < 0.5,
         halting=draw.choice(["select", "average", "off"]),
     )

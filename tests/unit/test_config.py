@@ -19,7 +19,8 @@ EVERY_FIELD_CHANGED: dict[str, Any] = {
     "n_experts_per_tok": 8, "expert_dim": 17, "act_threshold": 1.5, "rope_theta": 10, "lora_rank": 0,
     "max_output_tokens": 20, "dropout": 0.25, "ffn_dim": 21, "norm_eps": 1e-5, "tie_embeddings": False,
     "qk_norm": False, "input_norm": False, "initial_state": "random", "block_output": "state",
-    "state_norm": True, "loop_embedding": True, "halting": "off", "halt_bias_init": 1.0,
+    "update_norm": True, "state_norm": True, "alibi": 0.5, "extra_loops": 2,
+    "loop_embedding": True, "halting": "off", "halt_bias_init": 1.0,
     "halt_tolerance": 0.5, "router_bias_rate": 0.0, "init": "upstream", "bos_token_id": 0,
     "eos_token_id": 99, "pad_token_id": 50,
 }  # fmt: skip

@@ -164,6 +164,7 @@ def test_a_step_is_that_of_float64(sizes, batch, past, new, padded, threads, mon
         {"act_threshold": 0.3, "halt_bias_init": 0.0},
         {"loop_embedding": True, "dim": 77, "n_heads": 7},
         {"state_norm": True, "block_output": "state"},
+        {"update_norm": True},
         {"initial_state": "prelude", "input_norm": False},
         {"initial_state": "random"},
         {"init": "upstream", "tie_embeddings": False},

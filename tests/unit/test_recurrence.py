@@ -40,6 +40,32 @@ def build(seed: int = 0, **changes: Any) -> OpenMythos:
     return OpenMythos(config(**changes))
 
 
+@torch.no_grad()
+def longest_state(model: OpenMythos, loops: int) -> tuple[float, float]:
+    """The longest state of any position after any loop, and the bound that a normalised update gives it."""
+    e = model.prelude(torch.arange(24).view(2, 12))
+    h, longest = torch.zeros_like(e), 0.0
+    for t in range(loops):
+        h = model.step(h, e, t)
+        longest = max(longest, float(h.norm(dim=-1).max()))
+    injection, norm = model.recurrent.injection, model.recurrent.update_norm
+    gain = 1.0 if norm is None else float(norm.weight.abs().max())
+    driven = float((injection.B * e).norm(dim=-1).max()) + gain * model.cfg.dim**0.5
+    return longest, driven / (1 - spectral_radius(model))
+
+
+def test_a_normalised_update_bounds_the_state_whatever_the_weights() -> None:
+    lengths = {}
+    for normalised in (True, False):
+        model = build(update_norm=normalised)
+        with torch.no_grad():
+            for parameter in model.recurrent.block.parameters():
+                parameter.mul_(30)
+        lengths[normalised], bound = longest_state(model, 50)
+        assert (lengths[normalised] <= bound * (1 + 1e-5)) == normalised
+    assert lengths[False] > 100 * lengths[True]
+
+
 def strictly_inside(a: Tensor) -> None:
     assert a.dim() == 1
     assert a.dtype in (torch.float32, torch.float64)
