@@ -110,6 +110,8 @@ class OptimConfig:
         floor: lowest learning rate as a share of ``lr``.
         muon_lr: peak learning rate of Muon, which follows the same schedule.
         muon_momentum: decay of Muon's momentum.
+        injection_scale: A, Δ and B of the injection learn at so many times lr. At high rates less than 1 keeps A, and
+            with it the length of the state, from drifting off.
     """
 
     kind: str = "adamw"
@@ -125,11 +127,13 @@ class OptimConfig:
     floor: float = 0.1
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
+    injection_scale: float = 1.0
 
     def __post_init__(self) -> None:
         choice("optim.kind", self.kind, ("adamw", "muon"))
         number("optim.muon_lr", self.muon_lr, 0, above=True)
         number("optim.muon_momentum", self.muon_momentum, 0, 1, below=True)
+        number("optim.injection_scale", self.injection_scale, 0, above=True)
         number("optim.lr", self.lr, 0, above=True)
         number("optim.weight_decay", self.weight_decay, 0)
         for name in ("beta1", "beta2"):

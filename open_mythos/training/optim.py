@@ -81,10 +81,21 @@ def build_optimizer(model: OpenMythos, cfg: OptimConfig) -> torch.optim.AdamW:
     """
     settings: dict[str, Any] = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps, "fused": True}
     groups = parameter_groups(model, cfg.weight_decay, muon=cfg.kind == "muon")
+    if cfg.injection_scale != 1:
+        _set_injection_apart(model, groups, cfg.injection_scale)
     if cfg.kind == "adamw":
         return torch.optim.AdamW(groups, **settings)
     groups[0] |= {"lr": cfg.muon_lr, "lr_scale": cfg.muon_lr / cfg.lr, "momentum": cfg.muon_momentum}
     return MuonAdamW(groups, **settings)
+
+
+def _set_injection_apart(model: OpenMythos, groups: list[dict[str, Any]], scale: float) -> None:
+    """A last group for A, Δ and B, taken from the one that does not decay."""
+    own = {id(p) for p in model.recurrent.injection.parameters()}
+    plain = groups[-1]["params"]
+    if apart := [p for p in plain if id(p) in own]:
+        groups[-1]["params"] = [p for p in plain if id(p) not in own]
+        groups.append({"params": apart, "weight_decay": 0.0, "lr_scale": scale})
 
 
 class MuonAdamW(torch.optim.AdamW):

@@ -63,6 +63,22 @@ def test_decay_shrinks_matrices_alone():
         torch.testing.assert_close(p.detach(), before[name] * factor, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_injection_learns_at_its_own_rate_and_all_else_as_before(kind: str):
+    net = model()
+    groups = build_optimizer(net, OptimConfig(kind=kind, lr=0.01)).param_groups
+    optimizer = build_optimizer(net, OptimConfig(kind=kind, lr=0.01, injection_scale=0.1))
+    assert len(optimizer.param_groups) == len(groups) + 1
+    set_lr(optimizer, 0.02)
+    apart = optimizer.param_groups[-1]
+    own = {id(p) for p in net.recurrent.injection.parameters()}
+    assert {id(p) for p in apart["params"]} == own
+    assert (apart["lr"], apart["weight_decay"]) == (pytest.approx(0.002), 0.0)
+    for before, after in zip(groups, optimizer.param_groups, strict=False):
+        assert [id(p) for p in after["params"]] == [id(p) for p in before["params"] if id(p) not in own]
+        assert after["weight_decay"] == before["weight_decay"]
+
+
 def test_adamw_is_the_textbook_update():
     net = model()
     cfg = OptimConfig(lr=0.01, weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6)
