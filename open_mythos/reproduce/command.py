@@ -143,7 +143,7 @@ def _list(experiments: list[Experiment], results: Path) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("name", "claim", "wanted", "verdict", "measured"):
         table.add_column(column, overflow="fold")
-    for experiment in experiments:
+    for experiment in sorted(experiments, key=lambda one: (one.order, one.name)):
         result: dict[str, Any] | None = read_json(results / f"{experiment.name}.json")
         stands = ("not run", "") if result is None else (result["verdict"]["state"], headline(result))
         table.add_row(experiment.name, experiment.claim, experiment.target, *stands)

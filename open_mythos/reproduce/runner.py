@@ -117,6 +117,8 @@ def reproduce(experiments: Sequence[Experiment], settings: Settings, tell: Tell)
         tell(f"{_count(kept)} finished before; {len(jobs)} to do")
     # A plain kill would leave the children running, and the last finished runs unwritten.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if any(job.kind == "cpu" and job.outcome.experiment.CONFIGURED for job in jobs):
+        _build_kernels()
     try:
         _Pool(settings, tell).work(jobs)
     finally:
@@ -124,6 +126,13 @@ def reproduce(experiments: Sequence[Experiment], settings: Settings, tell: Tell)
     for outcome in outcomes:
         outcome.write(settings)
     return outcomes
+
+
+def _build_kernels() -> None:
+    """Once, where each of many processes would compile them for itself."""
+    from open_mythos import kernels
+
+    kernels.status()
 
 
 def _count(runs: int) -> str:
@@ -187,15 +196,17 @@ class _Pool:
         waiting, total, done = list(jobs), len(jobs), 0
         running: list[_Job] = []
         try:
-            while running or (waiting and not self._late(waiting)):
-                self._start(waiting, running)
+            self._start(waiting, running)
+            while running:
                 finished = [job for job in running if job.process and job.process.poll() is not None]
                 for job in finished:
                     running.remove(job)
                     self.free[job.kind].append(job.slot)
                     done += 1
                     self._end(job, f"{done} of {total}")
-                if not finished:
+                if finished:
+                    self._start(waiting, running)
+                else:
                     time.sleep(_POLL_S)
         finally:
             for job in running:

@@ -78,6 +78,18 @@ def test_what_an_experiment_may_not_say(tmp_path: Path, old: str, new: str, word
     assert str(caught.value).startswith("toy.toml: ")
 
 
+def test_experiments_are_found_in_a_checkout_and_in_a_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert base.folder() == CONFIGS
+    package = tmp_path / "open_mythos"
+    monkeypatch.setattr(base, "__file__", str(package / "reproduce" / "base.py"))
+    with pytest.raises(ConfigError, match="the experiments are not installed"):
+        base.folder()
+    (package / "configs" / "reproduce").mkdir(parents=True)
+    assert base.folder() == package / "configs" / "reproduce"
+
+
 def test_no_arm_and_no_experiment(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least one arm"):
         written(tmp_path, TOY.partition("[arms")[0])

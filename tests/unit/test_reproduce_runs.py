@@ -26,11 +26,15 @@ from open_mythos.reproduce.base import Experiment
 
 class Light(Experiment):
     CONFIGURED = False
-    OPTIONS = {"fail": [], "hang": False, "gain": 0.1}
+    OPTIONS = {"fail": [], "hang": False, "gain": 0.1, "slow": 0.0}
 
     def perform(self, run, split):
         with open("marks.txt", "a") as marks:
             marks.write(f"{run.arm} {run.seed} {split}\\n")
+        if run.options["slow"]:
+            time.sleep(run.options["slow"])
+            with open("marks.txt", "a") as marks:
+                marks.write("end\\n")
         if run.options["hang"]:
             print("hanging", flush=True)
             time.sleep(600)
@@ -169,6 +173,15 @@ def test_a_failure_is_told_and_tried_again(place: Path, capsys: pytest.CaptureFi
         cli.main(["reproduce", "light", "--configs", ".", "--jobs", "4"])
     assert not stop.value.code
     assert marks(place) == ["less 0 test", "less 1 test"]
+
+
+def test_two_runs_never_train_the_same_model_at_once(place: Path) -> None:
+    text = LIGHT.replace("gain = 0.2", "slow = 0.3").replace("seeds = 2", 'seeds = 1\nuses = "source/ours"')
+    (place / "source.toml").write_text(LIGHT, encoding="utf-8")
+    (place / "light.toml").write_text(text, encoding="utf-8")
+    go(place)
+    lines = (place / "marks.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == ["ours 0 test", "end", "less 0 test", "end"]
 
 
 def test_nothing_is_started_when_the_time_is_over(place: Path) -> None:
