@@ -1,7 +1,7 @@
 """A cache whose tokens stopped at different loops, and the group of a call's tokens that still run.
 
-One sentence rules both: what is missing of a token in a loop that it did not run is what it left in the loop
-before. See docs/exits.md.
+One sentence rules: a token that leaves shows, in every deeper loop, what it would have shown in the next one. See
+docs/exits.md.
 
 Shape letters: B batch, S new tokens, C context tokens (cached and new); B' and S' count what a group computes.
 """
@@ -46,7 +46,7 @@ class Group:
         return cls(running, running, everyone=True)
 
     @classmethod
-    def of(cls, running: Tensor, dense: bool) -> Group:
+    def of(cls, running: Tensor, dense: bool = False) -> Group:
         """The running ones moved together, or all of them in their places when ``dense``."""
         if dense:
             return cls(running, running)
@@ -85,12 +85,18 @@ class Group:
         return SequenceContext(rope, mask, ctx.cache, ctx.segments, ctx.packed)
 
 
+class _Shown(Exception):  # noqa: N818 (no error: it ends a step that has shown enough)
+    """The entry that a leaving token would have shown is known; the rest of the step is not wanted."""
+
+
 class ExitCache(KVCache):
     """A :class:`KVCache` whose tokens stopped at different loops.
 
-    A token's entry in a loop that it did not run is the one of the last loop it ran. Entries of deeper loops
-    are filled in when a later token gets there, so what nobody reads costs neither time nor memory. Hence a
-    plain call of the model may also run more loops than the cached tokens did, which a KVCache refuses.
+    A token that left has, in every deeper loop, the entry (keys and values, or latent) of the state with which
+    it left: the one that it would have shown in its next loop. Entries of deeper loops are filled in when a
+    later token gets there, so what nobody reads costs nothing. A plain call of the model may also run more loops
+    than the cached tokens did, which a KVCache refuses; it reads of tokens that ran all loops of their call the
+    entry of the last.
 
     Args:
         policy: how loops share slots; :class:`EveryLoop` by default.
@@ -100,6 +106,8 @@ class ExitCache(KVCache):
     def __init__(self, policy: LoopPolicy | None = None, capacity: int = 0) -> None:
         super().__init__(policy, capacity)
         self._group: Group | None = None
+        self._leaving = False
+        self._left: Entry = {}
         self._loop = ""
         self._below: str | None = None
 
@@ -113,7 +121,8 @@ class ExitCache(KVCache):
         """Inside, only these tokens write; the others keep what they left.
 
         The block's slot is the policy's for this loop. Other layers (the coda, when a rule asks for a
-        prediction) get slots of their own in each loop, ``coda_0@recurrent_loop_3``.
+        prediction) get slots of their own in each loop, ``coda_0@recurrent_loop_3``, where a token that has left
+        keeps what it showed when the rule let it go.
 
         Args:
             group: the tokens that are computed.
@@ -127,6 +136,30 @@ class ExitCache(KVCache):
         finally:
             self._group = None
 
+    @contextmanager
+    def leaving(self, group: Group) -> Iterator[None]:
+        """Inside, a step of these tokens ends once it has shown their entries, which are kept for deeper loops.
+
+        So the model has one loop body, and the entry is what that computes.
+        """
+        self._group, self._leaving = group, True
+        try:
+            yield
+        except _Shown:
+            pass
+        finally:
+            self._group, self._leaving = None, False
+
+    def end(self, loop: int | None) -> None:
+        """After the loops of a call. ``loop``: the first that nobody ran, as all had left; None: they ran all."""
+        if loop is not None:
+            slot = self.policy.slot(loop)
+            self._complete(slot, self.policy.slot(loop - 1))
+            entry = self.reserve(slot, self._left)
+            for name, tensor in self._left.items():
+                entry[name][:, self.length :].copy_(tensor)
+        self._left = {}
+
     def write(self, slot: str, new: Entry) -> Entry:
         """As :meth:`KVCache.write`; inside :meth:`running` the new tensors are (B', S', width), and the result
         is (B', C, width).
@@ -134,18 +167,22 @@ class ExitCache(KVCache):
         group = self._group
         if group is None:
             return super().write(slot, new)
-        below = self._below
-        if slot != self._loop:
+        if self._leaving:
+            self._leave(group, new)
+            raise _Shown
+        block, below = slot == self._loop, self._below
+        if not block:
             slot, below = f"{slot}@{self._loop}", below and f"{slot}@{below}"
         self._complete(slot, below)
         if group.everyone:
             return super().write(slot, new)
-        past, shape = self.length, group.running.shape
-        room = {name: tensor.new_empty(()).expand(*shape, *tensor.shape[2:]) for name, tensor in new.items()}
-        entry = self.reserve(slot, room)
+        past = self.length
+        entry = self.reserve(slot, _room(group, new))
         for name, tensor in new.items():
             tail = entry[name][:, past:]
-            if below is None:
+            if block:
+                tail.copy_(self._left[name])
+            elif below is None:
                 tail.zero_()  # only tokens that nobody looks at leave before the first time
             elif below != slot:
                 tail.copy_(self.entries[below][name][:, past:])
@@ -153,6 +190,13 @@ class ExitCache(KVCache):
         if group.rows is None:
             return entry
         return {name: tensor.index_select(0, group.rows) for name, tensor in entry.items()}
+
+    def _leave(self, group: Group, new: Entry) -> None:
+        if not self._left:
+            room = _room(group, new)
+            self._left = {name: tensor.contiguous().zero_() for name, tensor in room.items()}
+        for name, tensor in new.items():
+            self._left[name][group.running] = tensor[group.valid]
 
     def _complete(self, slot: str, below: str | None) -> None:
         """Fill what the slot lacks of the cached tokens with what they left in the slot below."""
@@ -169,3 +213,9 @@ class ExitCache(KVCache):
         for name, tensor in missing.items():
             self._buffers[slot][name][:, held:past].copy_(tensor)
         self.entries[slot] = {name: self._buffers[slot][name].narrow(1, 0, past) for name in missing}
+
+
+def _room(group: Group, new: Entry) -> Entry:
+    """Tensors like the new ones, for all tokens of the call; their values are not there."""
+    shape = group.running.shape
+    return {name: tensor.new_empty(()).expand(*shape, *tensor.shape[2:]) for name, tensor in new.items()}

@@ -119,6 +119,10 @@ class Rule:
                 "a mix of states; it must be 'select' or 'off'"
             )
 
+    def limit(self, n_loops: int) -> int:
+        """The most loops of a call that allows n_loops."""
+        return n_loops if self.max_loops is None else min(n_loops, self.max_loops)
+
     def leaves(self, seen: Seen) -> Tensor:
         """Asked after each loop but the last: (B', S') bool, who leaves now."""
         raise NotImplementedError
@@ -147,9 +151,13 @@ class Fixed(Rule):
         super().__post_init__()
         _whole("loops", self.loops)
 
+    def limit(self, n_loops: int) -> int:
+        """As many, or fewer where the call allows no more."""
+        return min(super().limit(n_loops), self.loops)
+
     def leaves(self, seen: Seen) -> Tensor:
-        """Everybody, from then on."""
-        return ~seen.nobody() if seen.loop >= self.loops else seen.nobody()
+        """Nobody before."""
+        return seen.nobody()
 
 
 @dataclass(frozen=True)

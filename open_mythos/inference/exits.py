@@ -1,7 +1,7 @@
 """Exits: each token leaves the loop when a rule says so, with a cache that stays consistent for later tokens.
 
-    after loop n:  rule.leaves(seen)  →  the token keeps h_n; in deeper loops later tokens read of it what it
-                                         left in its last loop
+    after loop n:  rule.leaves(seen)  →  the token keeps h_n; in deeper loops later tokens see of it what it
+                                         would have shown in the next one
 
 :func:`forward` composes prelude, step and coda from outside the model; nothing in the model knows of exits. The
 meaning with each cache policy is in docs/exits.md.
@@ -160,7 +160,7 @@ def think(
     cache = ctx.cache
     if not isinstance(cache, ExitCache):
         raise CacheError(f"the context's cache must be an ExitCache, got {type(cache).__name__}")
-    most = n_loops if rule.max_loops is None else min(n_loops, rule.max_loops)
+    most = rule.limit(n_loops)
     least = min(rule.min_loops, most)
     group, probed = Group.whole(e), _Probed()
     memory: dict[str, Tensor] = {}
@@ -170,25 +170,29 @@ def think(
         with cache.running(group, t, t - 1 if t else None):
             state = model.step(before, drive, t, view)
         loops += group.running
-        if t + 1 < most:
-            predict = probed.asking(model, cache, group, state, view, t)
-            answer = rule.leaves(Seen(t + 1, state, before, group, model, predict, memory))
-            _check_answer(rule, answer, state)
-        h = group.put(h, state)
         if t + 1 == most:
+            h = group.put(h, state)
             break
+        predict = probed.asking(model, cache, group, state, view, t)
+        answer = rule.leaves(Seen(t + 1, state, before, group, model, predict, memory))
+        _check_answer(rule, answer, state)
+        h = group.put(h, state)
         before = state if group.rows is not None or group.everyone else h
         if t + 1 < least:
             continue
         gone = group.put(torch.zeros_like(group.running), answer)
-        running = group.running & ~(gone if idle is None else gone | idle)
-        left = group.running != running
-        if not bool(left.any()):
+        gone = group.running & (gone if idle is None else gone | idle)
+        if not bool(gone.any()):
             continue
+        leaving, running = Group.of(gone), group.running & ~gone
+        with cache.leaving(leaving):
+            model.step(leaving.take(h), leaving.take(e), t + 1, leaving.context(ctx))
         if not bool(running.any()):
-            break
+            cache.end(t + 1)
+            return h, loops
         group = Group.of(running, dense)
         before, drive, view = group.take(h), group.take(e), group.context(ctx)
+    cache.end(None)
     return h, loops
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from open_mythos.model import OpenMythos
 
-__all__ = ["Exits", "Halting"]
+__all__ = ["Exits"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Exits(Experiment):
             "tokens": len(whole["full"].nats),
             "rules": rules,
             "best": {key: best[key] for key in _BEST},
+            "meanings": study.meanings(rule, options["search_tokens"]),
             **self._use(run, reported, rule, full),
         }
 
@@ -159,64 +160,3 @@ _BEST = (
     "spearman",
     "spearman_two_loops",
 )
-
-
-@dataclass(frozen=True)
-class Halting(Experiment):
-    """Whether the halting head learns to stop somewhere, and costs no accuracy.
-
-    Options:
-        level: difficulty that is measured; 0: the one trained on.
-    """
-
-    OPTIONS: ClassVar[dict[str, Any]] = {"level": 0}
-
-    def measure(self, run: Run, model: OpenMythos, split: str) -> Record:
-        """Mean loops under the head's own threshold with exits, and the accuracy with and without them.
-
-        ``alive`` is 1 if that mean lies above one loop and below the most, by more than a hundredth of a loop.
-        """
-        from open_mythos.inference import exits
-        from open_mythos.reproduce.exits_measure import answers
-
-        most = int(run.record["loops"]["max"])
-        act = exits.ACT(min(model.cfg.act_threshold, 1.0))
-        rows = answers(
-            model, run.config, split, run.options["level"], {"act": act, "last": exits.Never()}, most
-        )
-        mean = rows["act"]["loops"]
-        return {
-            "metric": "accuracy",
-            "most": most,
-            "mean_exit": mean,
-            "histogram": rows["act"]["histogram"],
-            "halting": rows["act"]["accuracy"],
-            "last": rows["last"]["accuracy"],
-            "lost": rows["last"]["accuracy"] - rows["act"]["accuracy"],
-            "alive": float(1.01 < mean < most - 0.01),
-        }
-
-    def summary(self, records: Sequence[Record]) -> Record:
-        """Exit, accuracies and loss of each arm."""
-        columns = {
-            "mean exit": "mean_exit",
-            "alive": "alive",
-            "accuracy, halting": "halting",
-            "accuracy, last state": "last",
-            "lost": "lost",
-        }
-        rows = [
-            {
-                "arm": arm,
-                "title": self.arms[arm].title,
-                "cells": [spread([r["measured"][key] for r in some]) for key in columns.values()],
-            }
-            for arm, some in by_arm(records).items()
-        ]
-        return {"columns": list(columns), "rows": rows, "format": ["plain", "plain", *["percent"] * 3]}
-
-    def draw(self, records: Sequence[Record]) -> Figure:
-        """Mean exit and lost accuracy of every seed."""
-        from open_mythos.reproduce.exits_figure import halting
-
-        return halting(records, self.title)

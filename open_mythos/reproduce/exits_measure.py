@@ -25,9 +25,11 @@ from torch import Tensor
 from open_mythos.accounting import flops_per_token
 from open_mythos.config import MythosConfig
 from open_mythos.inference import exits
+from open_mythos.inference.exit_cache import Group
 from open_mythos.inference.exit_rules import Predicting
 from open_mythos.inference.generate import generate
-from open_mythos.model import OpenMythos
+from open_mythos.model import LastLoop, OpenMythos
+from open_mythos.model.cache import Entry
 from open_mythos.tasks.base import IGNORE_INDEX
 from open_mythos.training.config import RunConfig
 from open_mythos.training.sources import evaluation_batches
@@ -36,10 +38,10 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Kept",
+    "LastEntries",
     "Scored",
     "Study",
     "Text",
-    "answers",
     "consistency",
     "decode",
     "search",
@@ -154,8 +156,16 @@ class Text:
         self.rows = {name: torch.cat([batch[name] for batch in found]) for name in found[0]}
         self.step = max(1, batch_tokens // length)
 
-    def score(self, rule: exits.Rule, n_loops: int) -> Scored:
-        """Every token under a rule, in one pass a batch; bfloat16 products on a GPU."""
+    def score(
+        self, rule: exits.Rule, n_loops: int, cache: Callable[[], exits.ExitCache] | None = None
+    ) -> Scored:
+        """Every token under a rule, in one pass a batch; bfloat16 products on a GPU.
+
+        Args:
+            rule: asked after each loop.
+            n_loops: the most loops.
+            cache: makes another cache than :func:`~open_mythos.inference.exits.forward` does.
+        """
         device = self.model.embed.weight.device
         nats: list[Tensor] = []
         loops: list[Tensor] = []
@@ -168,8 +178,9 @@ class Text:
                     batch["ids"],
                     rule,
                     n_loops,
+                    None if cache is None else cache(),
                     document_ids=batch.get("document_ids"),
-                    dense=cuda,  # masks of gathered tokens would leave the fast kernels
+                    dense=cuda,  # masks of gathered tokens would leave a GPU's fast kernels
                 )
             asked = batch["targets"] != IGNORE_INDEX
             flat = answer.logits.flatten(0, 1)
@@ -178,6 +189,17 @@ class Text:
             nats.append(each[asked.flatten()].cpu())
             loops.append(answer.loops[asked].cpu())
         return Scored(torch.cat(nats), torch.cat(loops))
+
+
+class LastEntries(exits.ExitCache):
+    """The other meaning that was considered: deeper loops see the entry of the last loop that a token ran.
+
+    It needs no further projection, but shows one loop less. For comparison only, and for whole sequences.
+    """
+
+    def _leave(self, group: Group, new: Entry) -> None:
+        last = self.entries[self.policy.slot(0)]
+        super()._leave(group, {name: group.take(tensor[:, self.length :]) for name, tensor in last.items()})
 
 
 def shares(cfg: MythosConfig, rule: exits.Rule, loops: Tensor, full: int, context: int) -> Record:
@@ -342,6 +364,20 @@ class Study:
             records.append({**told, **self.kept.of(f"{name} {number!r}, reported", measure)})
         return whole, records
 
+    def meanings(self, rule: exits.Rule, tokens: int) -> Record:
+        """Bits and loops of a rule on the validation split, when later tokens see of one that left the entry of
+        its next loop (ours), or that of its last.
+        """
+        text = Text(self.model, self.config, "validation", tokens, self.batch_tokens)
+        found = {
+            "next": text.score(rule, self.full),
+            "last": text.score(rule, self.full, lambda: LastEntries(LastLoop())),
+        }
+        return {
+            name: {"bits": scored.bits, "loops": float(scored.loops.double().mean())}
+            for name, scored in found.items()
+        }
+
     def _reported(self, family: Family, rule: exits.Rule, text: Text, whole: Mapping[str, Scored]) -> Record:
         """Bits, loops, how both compare with full depth, and whom the loops went to."""
         scored, full = text.score(rule, self.full), whole["full"]
@@ -419,42 +455,3 @@ def shown_text(config: RunConfig, ids: Sequence[int], loops: Sequence[int]) -> l
     decoding = getattr(tokenizer, "decode", None)
     names = [str(i) if decoding is None else str(decoding([i])) for i in ids]
     return [{"text": name, "loops": n} for name, n in zip(names, loops, strict=True)]
-
-
-def answers(
-    model: OpenMythos,
-    config: RunConfig,
-    split: str,
-    level: int,
-    rules: Mapping[str, exits.Rule],
-    n_loops: int,
-) -> dict[str, Record]:
-    """Accuracy, mean loops and histogram of each rule on a task, over its scored positions.
-
-    Args:
-        model: in eval mode.
-        config: of its run.
-        split: "validation" or "test".
-        level: difficulty; 0: the one trained on.
-        rules: by name.
-        n_loops: the most loops.
-    """
-    device = model.embed.weight.device
-    right = dict.fromkeys(rules, 0)
-    spent: dict[str, list[Tensor]] = {name: [] for name in rules}
-    for batch in evaluation_batches(config, split, level or None):
-        ids, targets = batch["ids"].to(device), batch["targets"].to(device)
-        asked = targets != IGNORE_INDEX
-        for name, rule in rules.items():
-            answer = exits.forward(model, ids, rule, n_loops)
-            right[name] += int(((answer.logits.argmax(-1) == targets) & asked).sum())
-            spent[name].append(answer.loops[asked].cpu())
-    found = {name: torch.cat(parts) for name, parts in spent.items()}
-    return {
-        name: {
-            "accuracy": right[name] / len(loops),
-            "loops": float(loops.double().mean()),
-            "histogram": loops.bincount(minlength=n_loops + 1).tolist(),
-        }
-        for name, loops in found.items()
-    }

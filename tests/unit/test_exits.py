@@ -77,7 +77,7 @@ def in_chunks(
 
 @torch.no_grad()
 def by_hand(model: OpenMythos, ids: Tensor, decided: Tensor) -> Tensor:
-    """One row, token after token, with a plain cache whose deeper slots are filled by hand; loops are given."""
+    """One row, token after token, with a plain cache, whole steps, and deeper slots filled by hand; loops given."""
     cache, out = KVCache(), []
     for i in range(ids.shape[1]):
         ctx = model.context(ids[:, i : i + 1], cache=cache)
@@ -85,8 +85,10 @@ def by_hand(model: OpenMythos, ids: Tensor, decided: Tensor) -> Tensor:
         h, n = model.initial_state(e), int(decided[0, i])
         for t in range(n):
             h = model.step(h, e, t, ctx)
-        for t in range(n, LOOPS):
-            left = cache.entries[f"recurrent_loop_{n - 1}"]
+        if n < LOOPS:
+            model.step(h, e, n, ctx)  # for what it shows there
+        for t in range(n + 1, LOOPS):
+            left = cache.entries[f"recurrent_loop_{n}"]
             cache.write(f"recurrent_loop_{t}", {name: tensor[:, i:].clone() for name, tensor in left.items()})
         out.append(model.coda(h, ctx))
         cache.commit(1, None)
@@ -103,15 +105,25 @@ def test_one_pass_chunks_and_single_tokens_give_the_same(attn_type: str, name: s
     near(in_chunks(model, ids, rule, [5, 1, 8, 3]), whole)
     near(in_chunks(model, ids, rule, [6, 11], dense=True), whole)
     near(in_chunks(model, ids, rule, [1] * 17), whole)
-    for row in range(len(ids)):  # nor does a row depend on its batch
-        alone = exits.forward(model, ids[row : row + 1], rule)
-        near(alone, exits.Answer(whole.logits[row : row + 1], whole.loops[row : row + 1]))
+    alone = exits.forward(model, ids[1:2], rule)  # nor does a row depend on its batch
+    near(alone, exits.Answer(whole.logits[1:2], whole.loops[1:2]))
     if name not in ("never", "fixed"):
         assert len(whole.loops.unique()) > 1, "the rule must tell tokens apart here, or this test is empty"
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
-def test_a_token_shows_deeper_loops_what_it_left_in_its_last(attn_type: str) -> None:
+def test_the_paths_agree_on_a_gpu(attn_type: str) -> None:
+    model, ids = small(attn_type).cuda(), text().cuda()
+    for rule in (RULES["state"], RULES["top"]):
+        whole = exits.forward(model, ids, rule)
+        near(exits.forward(model, ids, rule, dense=True), whole)
+        near(in_chunks(model, ids, rule, [5, 1, 8, 3]), whole)
+        near(in_chunks(model, ids, rule, [1] * 17), whole)
+
+
+@pytest.mark.parametrize("attn_type", ["mla", "gqa"])
+def test_a_token_shows_deeper_loops_what_it_would_have_shown_in_the_next(attn_type: str) -> None:
     model, ids = small(attn_type), text(1)
     answer = exits.forward(model, ids, RULES["state"])
     assert float((by_hand(model, ids, answer.loops) - answer.logits).abs().max()) <= 1e-12
@@ -176,14 +188,14 @@ def test_last_loop_is_exact_in_one_call_and_an_approximation_after_it() -> None:
 
 
 class _Counted:
-    """Rows and tokens that each run of the looped block computes."""
+    """Rows and tokens that each run of the looped block computes, its experts included."""
 
     def __init__(self, model: OpenMythos) -> None:
         self.seen: list[tuple[int, int]] = []
         self.model = model
 
     def __enter__(self) -> list[tuple[int, int]]:
-        self.handle = self.model.recurrent.block.register_forward_pre_hook(
+        self.handle = self.model.recurrent.block.ffn.register_forward_pre_hook(
             lambda _, inputs: self.seen.append(tuple(inputs[0].shape[:2]))
         )
         return self.seen
@@ -220,9 +232,13 @@ def test_what_nobody_reads_is_not_stored() -> None:
 def test_a_plain_call_goes_on_deeper_than_the_cached_tokens_ran() -> None:
     model, ids, cache = small(halting="off"), text(1), ExitCache()
     exits.forward(model, ids[:, :-1], exits.Fixed(2), cache=cache)
+    assert model(ids[:, -1:], LOOPS, cache).isfinite().all()
+    rule, cache = exits.StateChange(0.4), ExitCache()
+    decided = exits.forward(model, ids[:, :-1], rule, cache=cache).loops
+    assert len(decided.unique()) > 1, "the rule must tell tokens apart here"
+    assert int(decided.max()) < LOOPS, "a token that ran all loops has nothing to show in the next"
     logits = model(ids[:, -1:], LOOPS, cache)
-    decided = torch.full_like(ids, 2)
-    decided[0, -1] = LOOPS
+    decided = torch.cat((decided, torch.full_like(ids[:, :1], LOOPS)), 1)
     assert torch.allclose(by_hand(model, ids, decided)[:, -1:], logits, atol=1e-12)
 
 

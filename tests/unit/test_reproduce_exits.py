@@ -145,6 +145,11 @@ def test_a_text_is_scored_as_the_model_does_and_points_are_kept(tmp_path: Path) 
         assert sum(rule["histogram"]) == len(whole["full"].nats)
         assert rule["bits_ratio"] == pytest.approx(rule["bits"] / whole["full"].bits)
         assert len(rule["loops_by_difficulty"]) == 10
+    meanings = study.meanings(exits.StateChange(0.4), 96)
+    assert meanings["next"]["loops"] < 4
+    assert meanings["next"]["bits"] != meanings["last"]["bits"]
+    never = study.meanings(exits.Never(), 96)
+    assert never["next"] == pytest.approx(never["last"])
     shown = em.shown_text(config, [72, 105], [1, 2])
     assert [token["text"] for token in shown] == ["H", "i"]
 
