@@ -253,14 +253,15 @@ class _Pool:
         if record is None:
             error = last_line(run.folder / "log.txt") if code > 0 else f"killed by signal {-code}"
             outcome.failed.append({"arm": run.arm, "seed": run.seed, "error": error})
-            self.tell(f"{run} failed ({progress}): {error}; see {run.folder / 'log.txt'}")
+            words = f"failed ({progress}): {error}; see {run.folder / 'log.txt'}"
         else:
             outcome.records[run.arm, run.seed] = record
-            self.tell(f"{run}: done in {record['wall_seconds']:.0f} s ({progress})")
+            words = f"done in {record['wall_seconds']:.0f} s ({progress})"
         try:
             outcome.write(self.settings)
         except Exception as problem:  # records are safe in the run directories; the last write raises
-            self.tell(f"{run.experiment}: no result yet: {type(problem).__name__}: {problem}")
+            words += f"; no result yet: {type(problem).__name__}: {problem}"
+        self.tell(f"{run}: {words}")
 
 
 def _visible_gpus() -> list[str]:

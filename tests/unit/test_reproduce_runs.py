@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,7 +157,7 @@ def test_a_failure_is_told_and_tried_again(place: Path, capsys: pytest.CaptureFi
     assert stop.value.code == 1
     out, err = capsys.readouterr()
     assert out.startswith("light: unfinished. 1 of 1 targets met. ")
-    assert "light less seed 1 failed" in err
+    assert "light less seed 1: failed" in err
     result = read_json(place / "runs/reproduce-trial-results/light.json")
     assert result is not None
     said = "ValueError: seed 1 does not want to"
@@ -218,6 +219,21 @@ def test_a_child_ends_with_whoever_started_it(place: Path) -> None:
     child.stdin.close()
     assert child.wait(timeout=60) == 1
     child.stdout.close()
+
+
+def test_a_command_that_is_ended_has_written_what_was_finished(place: Path) -> None:
+    (place / "light.toml").write_text(LIGHT.replace("gain = 0.0", "hang = true"), encoding="utf-8")
+    command = [sys.executable, "-m", "open_mythos.cli", "reproduce", "light", "--configs", ".", "--jobs", "4"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert parent.stderr is not None
+    said = [parent.stderr.readline(), parent.stderr.readline()]
+    assert [line.split(":")[0] for line in sorted(said)] == ["light ours seed 0", "light ours seed 1"]
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=60) == 143
+    parent.stderr.close()
+    result = read_json(place / "runs/reproduce-trial-results/light.json")
+    assert result is not None
+    assert [(r["arm"], r["seed"]) for r in result["runs"]] == [("ours", 0), ("ours", 1)]
 
 
 def test_gpus_are_shared_evenly_and_cpu_runs_see_none(tmp_path: Path) -> None:
