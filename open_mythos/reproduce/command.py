@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,9 +66,9 @@ def reproduce(
     from open_mythos.reproduce.plan import Settings
     from open_mythos.training.config import override
 
-    trial = "-quick" if quick else "-trial" if changes or configs else ""
+    kept, shown = _folders(quick, split, changes or [], configs)
     places = [place for place in (configs,) if place is not None]
-    results = out or _results(trial, split)
+    results = out or shown
     if pages:
         _pages(results)
         return
@@ -75,7 +76,7 @@ def reproduce(
         _list([named(name, *places) for name in all_names(*places)], results)
         return
     settings = Settings(
-        runs=runs or Path(f"runs/reproduce{trial}"),
+        runs=runs or kept,
         out=results,
         seeds=seeds,
         arms=None if arms is None else tuple(arm.strip() for arm in arms.split(",")),
@@ -92,11 +93,18 @@ def reproduce(
     _run([named(name, *places) for name in dict.fromkeys(names)], settings)
 
 
-def _results(trial: str, split: str) -> Path:
-    """Only what counts goes where the page is made from, and only in a checkout."""
-    if trial or split != "test" or not _RESULTS.parent.is_dir():
-        return Path(f"runs/reproduce{trial}-results")
-    return _RESULTS
+def _folders(quick: bool, split: str, changes: list[str], configs: Path | None) -> tuple[Path, Path]:
+    """Where run directories and results go: only what counts goes where the page is made from, and only in a checkout.
+
+    Each set of changes has folders of its own, since its runs are other runs.
+    """
+    if quick:
+        return Path("runs/reproduce-quick"), Path("runs/reproduce-quick-results")
+    if changes or configs:
+        label = re.sub(r"[^\w.=+-]", "_", "+".join(changes))[:100]
+        return Path("runs/reproduce-trial") / label, Path("runs/reproduce-trial-results") / label
+    counts = split == "test" and _RESULTS.parent.is_dir()
+    return Path("runs/reproduce"), _RESULTS if counts else Path("runs/reproduce-results")
 
 
 def _run(experiments: list[Experiment], settings: Settings) -> None:

@@ -251,7 +251,7 @@ class _Pool:
         code = job.process.returncode if job.process else 1
         record = _measured(run, job.identity, self.settings.split) if code == 0 else None
         if record is None:
-            error = last_line(run.folder / "log.txt") if code > 0 else f"killed by signal {-code}"
+            error = last_line(run.folder / "log.txt") if code >= 0 else f"killed by signal {-code}"
             outcome.failed.append({"arm": run.arm, "seed": run.seed, "error": error})
             words = f"failed ({progress}): {error}; see {run.folder / 'log.txt'}"
         else:

@@ -12,6 +12,7 @@ import pytest
 from open_mythos import cli
 from open_mythos.config import ConfigError
 from open_mythos.reproduce import base, pages, results
+from open_mythos.reproduce.command import _folders
 from open_mythos.reproduce.plan import Settings, all_runs
 from open_mythos.reproduce.runs import write_json
 
@@ -157,6 +158,29 @@ def test_bad_commands(
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_only_what_counts_goes_where_the_page_is_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = Path("runs/reproduce"), Path("runs/reproduce-results")
+    assert _folders(False, "test", [], None) == elsewhere  # not in a checkout
+    Path("docs/results").mkdir(parents=True)
+    real = Path("docs/results/reproduce")
+    assert _folders(False, "test", [], None) == (elsewhere[0], real)
+    trials = {
+        _folders(*asked)
+        for asked in (
+            (False, "validation", [], None),
+            (True, "test", [], None),
+            (False, "test", [], Path("mine")),
+            (False, "test", ["optim.lr=1"], None),
+            (False, "test", ["optim.lr=2", "data.source='x/y'"], None),
+        )
+    }
+    assert len(trials) == 5
+    assert real not in {out for _, out in trials}
 
 
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
