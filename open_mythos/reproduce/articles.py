@@ -113,6 +113,7 @@ def parity_script(
     lr: float = 3e-4,
     batch_size: int = 64,
     rows: int = 512,
+    loops: Sequence[int] = PARITY_LOOPS,
     build: Callable[[dict[str, Any]], OpenMythos] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def parity_script(
         lr: of AdamW, everything else as torch has it.
         batch_size: B.
         rows: fresh rows that accuracy is measured on.
+        loops: T of measuring.
         build: makes the model out of the fields of its config; None: ``OpenMythos(MythosConfig(**fields))``.
         tell: called with a short phrase now and then.
 
@@ -159,9 +161,9 @@ def parity_script(
     seconds = time.perf_counter() - began
 
     x, y = make_batch(rows)
-    printed = {T: _answers(model, x, T) == y for T in PARITY_LOOPS}
+    printed = {T: _answers(model, x, T) == y for T in loops}
     with evaluating(model):
-        quiet = {T: _answers(model, x, T) == y for T in PARITY_LOOPS}
+        quiet = {T: _answers(model, x, T) == y for T in loops}
     return {
         "accuracy": {str(T): _mean(right) for T, right in printed.items()},
         "evaluating": {str(T): _mean(right) for T, right in quiet.items()},
@@ -181,6 +183,7 @@ def chain_script(
     read: str = "eq",
     examples: int = 3000,
     rows: int = 400,
+    loops: Sequence[int] = CHAIN_LOOPS,
     build: Callable[[dict[str, Any]], OpenMythos] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -200,6 +203,7 @@ def chain_script(
         read: "eq" or "last".
         examples: to train on.
         rows: to test on, of either sort.
+        loops: T of measuring.
         build: as in :func:`parity_script`.
         tell: as in :func:`parity_script`.
 
@@ -232,8 +236,7 @@ def chain_script(
     with evaluating(model):
         for name, (ids, wanted) in {**tests, "trained_on": (x[:rows], y[:rows])}.items():
             found[name] = {
-                str(T): _mean(_read(_logits(model, ids, T), ids, read).argmax(-1) == wanted)
-                for T in CHAIN_LOOPS
+                str(T): _mean(_read(_logits(model, ids, T), ids, read).argmax(-1) == wanted) for T in loops
             }
     return {**found, **_summary(model, x[:64], loss, seconds, epochs * batches)}
 

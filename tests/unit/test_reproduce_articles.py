@@ -16,6 +16,8 @@ from open_mythos.model import OpenMythos
 from open_mythos.model.transformer import RecurrentBlock
 from open_mythos.reproduce import articles
 from open_mythos.reproduce.articles import CHAIN_LOOPS, PARITY_LOOPS, chain_script, parity_script
+from open_mythos.reproduce.base import named
+from open_mythos.reproduce.plan import Settings, all_runs
 
 PRINTED = Path(__file__).resolve().parents[1] / "integration" / "test_articles.py"
 TINY = {"dim": 16, "n_heads": 2, "expert_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8, "lora_rank": 1}
@@ -145,3 +147,40 @@ def test_the_table_has_medians_and_what_failed() -> None:
     assert "T3 0.700" in table
     assert "range T3 0.50-0.90" in table
     assert "y ValueError: no" in table
+
+
+def test_the_experiment_runs_both_scripts_with_either_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = named("articles")
+    seen: list[tuple[str, int, str, Any]] = []
+
+    def script(name: str) -> Any:
+        def run(seed: int, length: int, **given: Any) -> dict[str, Any]:
+            seen.append((name, seed, given.get("read", ""), given["build"](TINY).cfg.halting))
+            assert given["model_overrides"] == {"qk_norm": True}
+            curve = {str(T): 0.1 * length + 0.01 * T for T in given["loops"]}
+            rest = {"shares": [0.3, 0.7], "finite": True, "seconds": 1.0}
+            return {"accuracy": curve, "longer": curve, **rest}
+
+        return run
+
+    monkeypatch.setattr(articles, "parity_script", script("parity"))
+    monkeypatch.setattr(articles, "chain_script", script("chain"))
+    settings = Settings(
+        runs=tmp_path, out=tmp_path, seeds=2, quick=False, changes=(("model", "qk_norm", True),)
+    )
+    records = [
+        {"arm": run.arm, "seed": run.seed, "loops": None, "measured": experiment.perform(run, "test")}
+        for run in all_runs(experiment, settings)
+    ]
+    ours, upstream = MythosConfig().halting, MythosConfig.upstream().halting
+    assert seen[:3] == [("parity", 0, "", ours), ("chain", 42, "", ours), ("chain", 42, "last", ours)]
+    assert [call[3] for call in seen[3:6]] == 3 * [upstream]
+    assert seen[6:8] == [("parity", 1, "", ours), ("chain", 43, "", ours)]
+    verdict = experiment.judge(records)
+    assert [figure["met"] for figure in verdict.figures] == [True, True, True]
+    table = experiment.summary(records)
+    assert len(table["rows"]) == 2 * 4
+    assert len(table["rows"][0]["cells"]) == len(table["columns"]) == len(table["format"])
+    assert experiment.draw(records).axes

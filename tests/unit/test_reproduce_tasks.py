@@ -92,6 +92,21 @@ def test_levels_are_new_and_fit_the_model(name: str, tmp_path: Path) -> None:
     assert max(map(int, run.config.eval.levels)) > high >= low
 
 
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", TASKS)
+def test_every_target_is_among_what_is_measured(name: str, quick: bool, tmp_path: Path) -> None:
+    experiment = named(name)
+    run = runs(name, tmp_path, quick=quick)["ours"]
+    asked = levels(run.config.data.task(), run.config.eval.levels, run.options["ranges"])
+    curves = dict.fromkeys(asked, [1.0] * len(run.loops))
+    measured = {"metric": "accuracy", "better": "higher", "loops": run.loops, "curves": curves}
+    measured |= {"kept": dict.fromkeys(asked, 0.0)}
+    record = {"arm": "ours", "seed": 0, "measured": measured, "loops": {"mean": 8.0, "max": 15}}
+    figures = experiment.judge([record]).figures
+    assert len(figures) == len(experiment.targets)
+    assert all(figure["n"] == 1 for figure in figures)
+
+
 @pytest.mark.parametrize("halting", ["select", "off", "average", "upstream"])
 @pytest.mark.parametrize("initial", ["zero", "prelude", "random"])
 def test_one_pass_reads_out_what_a_call_for_each_count_gives(halting: Any, initial: Any) -> None:
