@@ -52,8 +52,9 @@ def write_pages(out: Path, *, figures: bool = True) -> list[Path]:
     for result in found if figures else ():
         written.append(out / f"{result['file']}.png")
         written[-1].write_bytes(figure(result))
-    if figures and any(result["file"] == "parity" for result in found):
-        written.append(readme_picture(out))
+    if figures and (picture := readme_picture(found)):
+        written.append(out / "readme.png")
+        written[-1].write_bytes(picture)
     path = page_path(out)
     path.write_text(page(found, Path(os.path.relpath(out, path.parent))), encoding="utf-8")
     return [*written, path]
@@ -66,16 +67,18 @@ def figure(result: Record) -> bytes:
     return to_png(results.restored(result).draw(result["runs"]), dpi=120)
 
 
-def readme_picture(out: Path) -> Path:
-    """Draw ``readme.png`` out of ``parity.json``: our own arm alone, a line for each number of bits."""
+def readme_picture(found: Sequence[Record]) -> bytes | None:
+    """The README's picture, as a PNG: on parity our own arm alone, a line for each number of bits.
+
+    Args:
+        found: results, from :func:`open_mythos.reproduce.results.read_all`. None without such runs among them.
+    """
     from open_mythos.analysis.style import to_png
     from open_mythos.reproduce.figures import one_arm
 
-    result = next(result for result in results.read_all(out) if result["file"] == "parity")
-    ours = [record for record in result["runs"] if record["arm"] == result["arms"][0]["name"]]
-    path = out / "readme.png"
-    path.write_bytes(to_png(one_arm(ours, "Parity: more loops carry the answer further"), dpi=120))
-    return path
+    parity = [result for result in found if result["file"] == "parity"]
+    ours = [r for result in parity for r in result["runs"] if r["arm"] == result["arms"][0]["name"]]
+    return to_png(one_arm(ours, "Parity: more loops carry the answer further"), dpi=120) if ours else None
 
 
 def headline(result: Record) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,8 @@ from open_mythos.reproduce.targets import Record
 __all__ = ["Outcome", "reproduce"]
 
 _POLL_S = 0.05
+_LINE_EVERY_S = 60.0
+_SHOWN = 4
 Tell = Callable[[str], None]
 
 
@@ -82,6 +85,12 @@ class _Job:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, **environment}
             )
+
+    def note(self) -> str:
+        """How far it is, if its trainer says."""
+        row = last_row(self.run.home / "metrics.jsonl")
+        steps = self.run.sections.get("train", {}).get("steps")
+        return f"{self.run}: step {row['step']} of {steps}" if row else f"{self.run}: running"
 
     def stop(self) -> None:
         """End it, if it runs."""
@@ -181,7 +190,7 @@ class _Pool:
     def __init__(self, settings: Settings, tell: Tell) -> None:
         self.settings = settings
         self.tell = tell
-        self.began = time.monotonic()
+        self.began = self.spoken = time.monotonic()
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.gpus: list[str] = []
         self.free: dict[str, list[int]] = {}
@@ -207,12 +216,21 @@ class _Pool:
                 if finished:
                     self._start(waiting, running)
                 else:
+                    self._show(running)
                     time.sleep(_POLL_S)
         finally:
             for job in running:
                 job.stop()
         if waiting:
             self.tell(f"time is over: {_count(len(waiting))} not started; the same command goes on")
+
+    def _show(self, running: Sequence[_Job]) -> None:
+        """A sign of life now and then."""
+        if time.monotonic() - self.spoken < _LINE_EVERY_S:
+            return
+        self.spoken = time.monotonic()
+        more = f"; and {len(running) - _SHOWN} more" if len(running) > _SHOWN else ""
+        self.tell("; ".join(job.note() for job in running[:_SHOWN]) + more)
 
     def _late(self, waiting: Sequence[_Job]) -> bool:
         limit = self.settings.time_limit
@@ -284,3 +302,21 @@ def last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
     words = lines[-1] if lines else "no message"
     return words.replace(str(Path.cwd()) + os.sep, "")
+
+
+def last_row(path: Path) -> Record:
+    """The newest whole record of a metrics file; empty if there is none yet."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            return row
+    return {}

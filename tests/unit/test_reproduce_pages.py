@@ -98,19 +98,20 @@ def test_the_page_says_what_keeps_a_result_from_being_the_claims(tmp_path: Path)
         assert words in text, words
 
 
-def test_the_readme_picture_comes_from_the_parity_result(tmp_path: Path) -> None:
+def test_the_readme_picture_is_our_own_arm_on_parity(tmp_path: Path) -> None:
     made = result(tmp_path)
     out = tmp_path / "results"
     write_json(out / "parity.json", {**made, "name": "parity"})
     written = {path.name for path in pages.write_pages(out)}
     assert written == {"toy.png", "parity.png", "readme.png", "results.md"}
     before = (out / "readme.png").read_bytes()
-    made["runs"][2]["measured"]["curves"]["16"][0] = 0.9  # another arm's
-    write_json(out / "parity.json", {**made, "name": "parity"})
-    assert pages.readme_picture(out).read_bytes() == before
-    made["runs"][0]["measured"]["curves"]["16"][0] = 0.9
-    write_json(out / "parity.json", {**made, "name": "parity"})
-    assert pages.readme_picture(out).read_bytes() != before
+    parity = {**made, "file": "parity"}
+    parity["runs"][2]["measured"]["curves"]["16"][0] = 0.9  # another arm's
+    assert pages.readme_picture([parity]) == before
+    parity["runs"][0]["measured"]["curves"]["16"][0] = 0.9
+    assert pages.readme_picture([parity]) != before
+    assert pages.readme_picture([{**parity, "file": "khop"}]) is None
+    assert pages.readme_picture([{**parity, "runs": parity["runs"][2:]}]) is None
 
 
 def test_where_the_page_goes() -> None:

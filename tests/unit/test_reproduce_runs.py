@@ -236,6 +236,16 @@ def test_a_command_that_is_ended_has_written_what_was_finished(place: Path) -> N
     assert [(r["arm"], r["seed"]) for r in result["runs"]] == [("ours", 0), ("ours", 1)]
 
 
+def test_a_sign_of_life(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_LINE_EVERY_S", 0.0)
+    (place / "light.toml").write_text(LIGHT.replace("gain = 0.2", "slow = 0.3"), encoding="utf-8")
+    folder = place / "runs/light/ours-seed0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"st', encoding="utf-8")
+    _, told = go(place, seeds=1, changes=(("train", "steps", 9),))
+    assert "light ours seed 0: step 4 of 9; light less seed 0: running" in told
+
+
 def test_gpus_are_shared_evenly_and_cpu_runs_see_none(tmp_path: Path) -> None:
     pool = runner._Pool(settings(tmp_path, jobs=5), print)
     pool.gpus = ["2", "GPU-x"]
