@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.tasks.base import IGNORE_INDEX, PAD, Batch, Level, Task, check_integer
+from open_mythos.tasks.base import (
+    IGNORE_INDEX,
+    PAD,
+    Batch,
+    Level,
+    Task,
+    check_integer,
+    split_of,
+)
 
 START, EQ = 1, 2
 DIGIT_BASE = 10
@@ -25,17 +33,24 @@ class DigitChain(Task):
         modulus: digits are 0 … modulus - 1 and the answer is taken modulo it; at least 2.
         seq_len: S, every sequence is padded to it, or 0: no wider than its batch needs. What is right of EQ
             changes nothing to a causal model, so 0 is the same task in a quarter of the time.
+        running: while training also ask for the sum so far at every digit that ends a chain of the training split,
+            of the trained lengths. The rows stay the same, and held-out rows are asked at EQ alone. There are only
+            784 multisets of 2 to 5 digits below 7: asked at EQ alone, a model may learn them by heart, which leads to
+            no longer chain; sums so far show it the way digit by digit.
     """
 
     length: Level = (2, 5)
     modulus: int = 7
     seq_len: int = 32
+    running: bool = False
     difficulty = "length"
 
     def __post_init__(self) -> None:
         check_integer("modulus", self.modulus, 2)
         if self.seq_len != 0:
             check_integer("seq_len", self.seq_len, 3)
+        if not isinstance(self.running, bool):
+            raise ValueError(f"running={self.running!r}; allowed is True or False")
         super().__post_init__()
 
     @property
@@ -51,6 +66,26 @@ class DigitChain(Task):
     def width(self, level: int) -> int:
         """S of a batch whose greatest ``length`` is ``level``."""
         return self.seq_len or level + 2
+
+    def sample(
+        self, batch_size: int, *, generator: torch.Generator, split: str = "train", **difficulty: Level
+    ) -> Batch:
+        """As every task; see :meth:`Task.sample`."""
+        batch = super().sample(batch_size, generator=generator, split=split, **difficulty)
+        if not self.running or split != "train":
+            return batch
+        return self._with_sums(batch, *self._level_of(difficulty))
+
+    def _with_sums(self, batch: Batch, low: int, high: int) -> Batch:
+        """The same rows, asked for the sum of their first n digits too, where that chain is one to train on."""
+        ids, targets = batch.ids, batch.targets.clone()
+        digits = (ids - DIGIT_BASE).masked_fill(ids < DIGIT_BASE, 0)
+        sums = digits.cumsum(dim=1) % self.modulus + DIGIT_BASE
+        for n in range(low, min(high, ids.shape[1] - 2) + 1):
+            chain = torch.nn.functional.pad(ids[:, : n + 1], (0, 1), value=EQ)
+            asked = (ids[:, n] >= DIGIT_BASE) & (split_of(self.identity(chain)) == 0)
+            targets[:, n] = torch.where(asked, sums[:, n], targets[:, n])
+        return Batch(ids, targets)
 
     def _draw(self, levels: Tensor, width: int, generator: torch.Generator) -> Batch:
         device = levels.device

@@ -281,6 +281,30 @@ def test_ripple_is_the_share_of_columns_that_pass_a_carry_on(ripple: float) -> N
     assert nines == pytest.approx(ripple + (1 - ripple) / 10, abs=0.03)
 
 
+@pytest.mark.parametrize("per", ["sequence", "batch"])
+def test_sums_so_far_are_asked_in_training_where_their_chain_is_one_to_train_on(per: str) -> None:
+    plain, task = (DigitChain(seq_len=0, running=r, per=per) for r in (False, True))
+    sums = {True: 0, False: 0}
+    for seed in range(20):
+        batch, bare = (t.sample(40, generator=seeded_generator(seed)) for t in (task, plain))
+        assert torch.equal(batch.ids, bare.ids)
+        for ids, targets in rows(batch):
+            eq = ids.index(2)
+            for position, target in enumerate(targets):
+                if position < 2 or position > eq:
+                    assert target == IGNORE_INDEX
+                    continue
+                chain = [*ids[: position + 1], 2] if position < eq else ids[: eq + 1]
+                trained = slow_split(chain) == 0
+                sums[trained] += position < eq
+                total = 10 + sum(token - 10 for token in ids[1 : min(position + 1, eq)]) % 7
+                assert target == (total if trained else IGNORE_INDEX)
+    assert sums[True] > 4 * 0.5 * sums[False] > 0
+    for split in ("validation", "test"):
+        held, same = (t.sample(50, generator=seeded_generator(1), split=split) for t in (task, plain))
+        assert torch.equal(held.targets, same.targets)
+
+
 def test_a_batch_of_one_difficulty_is_as_wide_as_it_and_only_in_training() -> None:
     task = Parity(length=(4, 12), per="batch")
     widths = []
@@ -388,6 +412,7 @@ def test_get_task_builds_each_task_by_name() -> None:
         (lambda: Addition(digits=-1), r"digits=-1"),
         (lambda: Addition(layout="rows"), r"layout='rows'; allowed: 'written', 'columns'"),
         (lambda: Addition(ripple=1.5), r"ripple=1.5; allowed is a number from 0 to 1"),
+        (lambda: DigitChain(running=1), r"running=1; allowed is True or False"),  # type: ignore[arg-type]
         (lambda: Parity(per="row"), r"per='row'; allowed: 'sequence', 'batch'"),
         (lambda: Addition(ripple=True), r"ripple=True; allowed is a number"),
     ],
