@@ -174,7 +174,7 @@ class ACT(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number("threshold", self.threshold, 0, 1)
+        positive("threshold", self.threshold, 1)
 
     def check(self, model: OpenMythos) -> None:
         """Also refuse a model whose halting head was never trained."""
@@ -204,7 +204,7 @@ class StateChange(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number("tolerance", self.tolerance, 0, math.inf)
+        positive("tolerance", self.tolerance)
 
     def leaves(self, seen: Seen) -> Tensor:
         """Those that moved no more than the tolerance."""
@@ -252,7 +252,7 @@ class PredictionChange(Predicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number("tolerance", self.tolerance, 0, math.inf)
+        positive("tolerance", self.tolerance)
 
     @property
     def ahead(self) -> int:
@@ -326,7 +326,7 @@ class Confidence(Predicting):
             raise ValueError(
                 f"measure = {self.measure!r} is not allowed: it must be 'top', 'margin' or 'entropy'"
             )
-        _number("threshold", self.threshold, 0, math.inf if self.measure == "entropy" else 1)
+        positive("threshold", self.threshold, math.inf if self.measure == "entropy" else 1)
 
     def leaves(self, seen: Seen) -> Tensor:
         """Those that are sure enough."""
@@ -350,8 +350,9 @@ def _whole(name: str, value: object) -> None:
         raise ValueError(f"{name} = {value!r} is not allowed: it must be a whole number of at least 1")
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
+def positive(name: str, value: object, high: float = math.inf) -> None:
+    """Refuse what is not a finite number above zero and at most ``high``."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low < value <= high or value == math.inf:  # type: ignore[operator]
+    if not number or not 0 < value <= high or value == math.inf:  # type: ignore[operator]
         most = "a finite number" if high == math.inf else f"at most {high:g}"
-        raise ValueError(f"{name} = {value!r} is not allowed: it must be above {low:g} and {most}")
+        raise ValueError(f"{name} = {value!r} is not allowed: it must be above 0 and {most}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.inference.exit_cache import ExitCache, Group
+from open_mythos.inference.exit_gate import Gate, Learned, fit
 from open_mythos.inference.exit_rules import (
     ACT,
     Confidence,
@@ -42,6 +43,8 @@ __all__ = [
     "Confidence",
     "ExitCache",
     "Fixed",
+    "Gate",
+    "Learned",
     "LoopReport",
     "Never",
     "PredictionChange",
@@ -49,6 +52,7 @@ __all__ = [
     "SamePrediction",
     "Seen",
     "StateChange",
+    "fit",
     "forward",
     "think",
 ]

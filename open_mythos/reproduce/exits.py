@@ -31,7 +31,8 @@ class Exits(Experiment):
         margin: the part of the slack that the search leaves unused, as the reported split differs.
         search_tokens, test_tokens: of the validation split and of the reported one.
         batch_tokens: of one pass.
-        families: names of :data:`~open_mythos.reproduce.exits_measure.FAMILIES`.
+        families: names of :data:`~open_mythos.reproduce.exits_measure.FAMILIES`, and "learned".
+        gate_tokens, gate_steps: of the training split, on which the gate of "learned" is fitted, and of that fit.
         decode_tokens: new tokens whose decoding is timed; 0 times none.
         check_tokens: tokens in float64 for :func:`~open_mythos.reproduce.exits_measure.consistency`; 0: none.
     """
@@ -43,7 +44,20 @@ class Exits(Experiment):
         "search_tokens": 131_072,
         "test_tokens": 1_000_000,
         "batch_tokens": 16_384,
-        "families": ["fixed", "state", "act", "kl", "kl-second", "kl-head", "same", "top", "entropy"],
+        "families": [
+            "fixed",
+            "learned",
+            "state",
+            "act",
+            "kl",
+            "kl-second",
+            "kl-head",
+            "same",
+            "top",
+            "entropy",
+        ],
+        "gate_tokens": 131_072,
+        "gate_steps": 2000,
         "decode_tokens": 64,
         "check_tokens": 48,
     }
@@ -54,9 +68,14 @@ class Exits(Experiment):
 
         options, config = run.options, run.config
         full = options["full"] or max(2, round(run.record["loops"]["mean"]))
-        families = self._families(model, options)
+        chosen = self._families(model, options)
         kept = em.Kept(run.folder / f"exits-{split}.json", run.identity(split, self.code))
         study = em.Study(model, config, full, options["batch_tokens"], kept)
+        gate = run.folder / f"gate-{full}-{kept.identity}.pt"
+        families = {
+            name: family or em.learned(study.gate(gate, options["gate_tokens"], options["gate_steps"]))
+            for name, family in chosen.items()
+        }
         base, limit, found = study.search(
             families, options["search_tokens"], options["slack"] * (1 - options["margin"])
         )
@@ -79,18 +98,19 @@ class Exits(Experiment):
         }
 
     def _families(self, model: OpenMythos, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The rules that are asked for; None in the place of the one that has to be fitted first."""
         from open_mythos.reproduce.exits_measure import FAMILIES
 
+        known: dict[str, Any] = {**FAMILIES, "learned": None}
         for name in options["families"]:
-            if name not in FAMILIES:
+            if name not in known:
                 raise ConfigError(
-                    f"options.families: {name!r} is not allowed: each must be one of {', '.join(FAMILIES)}"
+                    f"options.families: {name!r} is not allowed: each must be one of {', '.join(known)}"
                 )
-        untrained = model.cfg.halting == "off"
-        names = [name for name in options["families"] if not (name == "act" and untrained)]
-        if all(not FAMILIES[name].heeds for name in names):
+        names = [name for name in options["families"] if not (name == "act" and model.cfg.halting == "off")]
+        if all(name == "fixed" for name in names):
             raise ConfigError("options.families is not allowed: it must name a rule that heeds the token")
-        return {name: FAMILIES[name] for name in names}
+        return {name: known[name] for name in names}
 
     @staticmethod
     def _best(rules: Sequence[Record]) -> Record:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ __all__ = [
     "Text",
     "consistency",
     "decode",
+    "learned",
     "search",
     "shares",
     "shown_text",
@@ -73,6 +74,13 @@ class Family:
 
 def _geometric(first: float, last: float, count: int = 33) -> tuple[float, ...]:
     return tuple(first * (last / first) ** (i / (count - 1)) for i in range(count))
+
+
+def learned(gate: exits.Gate) -> Family:
+    """The rule that asks this gate, by the price of a loop."""
+    return Family(
+        "learned gate", lambda x, full: exits.Learned(gate, x, max_loops=full), _geometric(0.5, 2e-4)
+    )
 
 
 def _rising(first: float, last: float) -> tuple[float, ...]:
@@ -156,6 +164,17 @@ class Text:
         self.rows = {name: torch.cat([batch[name] for batch in found]) for name in found[0]}
         self.step = max(1, batch_tokens // length)
 
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """Its rows where the model is, in order."""
+        device = self.model.embed.weight.device
+        for start in range(0, len(self.rows["ids"]), self.step):
+            yield {name: rows[start : start + self.step].to(device) for name, rows in self.rows.items()}
+
+    def precision(self) -> AbstractContextManager[object]:
+        """bfloat16 products on a GPU."""
+        cuda = self.model.embed.weight.is_cuda
+        return torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
+
     def score(
         self, rule: exits.Rule, n_loops: int, cache: Callable[[], exits.ExitCache] | None = None
     ) -> Scored:
@@ -166,13 +185,10 @@ class Text:
             n_loops: the most loops.
             cache: makes another cache than :func:`~open_mythos.inference.exits.forward` does.
         """
-        device = self.model.embed.weight.device
         nats: list[Tensor] = []
         loops: list[Tensor] = []
-        for start in range(0, len(self.rows["ids"]), self.step):
-            batch = {name: rows[start : start + self.step].to(device) for name, rows in self.rows.items()}
-            cuda = device.type == "cuda"
-            with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+        for batch in self.batches():
+            with self.precision():
                 answer = exits.forward(
                     self.model,
                     batch["ids"],
@@ -180,7 +196,8 @@ class Text:
                     n_loops,
                     None if cache is None else cache(),
                     document_ids=batch.get("document_ids"),
-                    dense=cuda,  # masks of gathered tokens would leave a GPU's fast kernels
+                    # Masks of gathered tokens would leave a GPU's fast kernels.
+                    dense=batch["ids"].is_cuda,
                 )
             asked = batch["targets"] != IGNORE_INDEX
             flat = answer.logits.flatten(0, 1)
@@ -218,16 +235,19 @@ def shares(cfg: MythosConfig, rule: exits.Rule, loops: Tensor, full: int, contex
 
     loop = flops(cfg, 2) - flops(cfg, 1)
     once = flops(cfg, 1) - loop
-    head = 2 * cfg.dim * cfg.vocab_size
-    coda = flops(cfg, 1) - flops(cfg.replace(coda_layers=0), 1)
     counts = loops.bincount(minlength=full + 1).double()
     mean = float((counts * torch.arange(len(counts))).sum() / counts.sum())
-    asks = torch.zeros_like(counts)
+    asks, price = torch.zeros_like(counts), 0
     if isinstance(rule, Predicting):
-        asked = torch.tensor([0.0] + [float(rule.asks(n)) for n in range(1, full)])
-        asks[1:] = torch.cat((asked.cumsum(0)[1:], asked.sum().unsqueeze(0)))[: len(counts) - 1]
-        head = head if rule.reads == "head" else head + coda
-    spent = once + mean * loop + float((counts * asks).sum() / counts.sum()) * head
+        price = 2 * cfg.dim * cfg.vocab_size
+        if rule.reads == "coda":
+            price += flops(cfg, 1) - flops(cfg.replace(coda_layers=0), 1)
+    elif isinstance(rule, exits.Learned):
+        price = 2 * rule.gate.inner.weight.numel()
+    if price:
+        asked = [rule.asks(n) if isinstance(rule, Predicting) else True for n in range(1, full)]
+        asks[1:] = torch.tensor([*asked, False]).cumsum(0)[: len(counts) - 1]
+    spent = once + mean * loop + float((counts * asks).sum() / counts.sum()) * price
     return {"loops": mean, "loops_share": mean / full, "flops_share": spent / (once + full * loop)}
 
 
@@ -308,6 +328,19 @@ class Study:
         self.model, self.config, self.full = model, config, full
         self.batch_tokens, self.kept = batch_tokens, kept
         self.context = (int(config.data.options["seq_len"]) + 1) // 2
+
+    def gate(self, path: Path, tokens: int, steps: int) -> exits.Gate:
+        """A gate fitted on the training split, or the one that was kept at this path."""
+        device = self.model.embed.weight.device
+        gate = exits.Gate(self.model.cfg.dim, self.full)
+        if path.is_file():
+            gate.load_state_dict(torch.load(path, weights_only=True))
+            return gate.to(device).requires_grad_(False).eval()
+        rows = Text(self.model, self.config, "train", tokens, self.batch_tokens)
+        with rows.precision():
+            gate = exits.fit(self.model, rows.batches(), self.full, steps=steps)
+        torch.save(gate.state_dict(), path)
+        return gate
 
     def search(self, families: Mapping[str, Family], tokens: int, slack: float) -> tuple[float, float, Found]:
         """The setting of each rule, on the validation split.

@@ -35,11 +35,21 @@ SIZES = {
     "expert_dim": 16,
     "lora_rank": 4,
 }
+
+
+def random_gate() -> exits.Gate:
+    torch.manual_seed(2)
+    gate = exits.Gate(32, LOOPS - 1)
+    torch.nn.init.normal_(gate.loop.weight)
+    return gate.double().requires_grad_(False)
+
+
 RULES = {
     "never": exits.Never(),
     "fixed": exits.Fixed(3),
     "act": exits.ACT(0.5),
     "state": exits.StateChange(0.26, min_loops=2),
+    "learned": exits.Learned(random_gate(), 0.75),
     "kl": exits.PredictionChange(3e-2, max_loops=5),
     "kl by head, every second loop": exits.PredictionChange(1e-1, reads="head", every=2),
     "same": exits.SamePrediction(2),
@@ -422,6 +432,49 @@ def test_calls_refuse_what_does_not_fit() -> None:
         generate(model, ids, 2, exit=3)
     with pytest.raises(ValueError, match="must be an ExitCache"):
         exits.think(model, model.prelude(ids), model.context(ids), exits.Never(), 3)
+
+
+def test_the_gate_learns_what_further_loops_gain() -> None:
+    model = small()
+    model.float()
+    batches = [{"ids": text(4, 32)}, {"ids": text(4, 32).flip(1)}]
+    gate = exits.fit(model, batches, LOOPS, steps=100)
+    again = exits.fit(model, batches, LOOPS, steps=100)
+    assert all(torch.equal(a, b) for a, b in zip(gate.parameters(), again.parameters(), strict=True))
+    assert not any(p.requires_grad for p in gate.parameters())
+    ids, found, true = text(4, 32), [], []
+    with torch.no_grad():
+        e = model.prelude(ids)
+        states = [model.initial_state(e)]
+        for t in range(LOOPS):
+            states.append(model.step(states[-1], e, t))
+        logs = [model.coda(h).log_softmax(-1) for h in states[1:]]
+        left = [(logs[-1].exp() * (logs[-1] - log)).sum(-1) for log in logs]
+        for t in range(1, LOOPS):
+            gains = [(left[t - 1] - left[k - 1]) / (k - t) for k in range(t + 1, LOOPS + 1)]
+            true.append(torch.stack(gains).amax(0).clamp(min=1e-4))
+            found.append(gate(states[t], states[t - 1], t))
+    found, true = torch.stack(found), torch.stack(true)
+    assert 0.5 < float(found.mean() / true.mean()) < 2
+    within = [
+        float(torch.corrcoef(torch.stack((f, g)).flatten(1).log())[0, 1])
+        for f, g in zip(found, true, strict=True)
+    ]
+    assert min(within) > 0.3, f"{within}"
+
+
+def test_gates_refuse_what_does_not_fit() -> None:
+    model, ids = small(), text()
+    with pytest.raises(ValueError, match="depth = 1 is not allowed"):
+        exits.fit(model, [{"ids": ids}], 1)
+    with pytest.raises(ValueError, match="batches is empty"):
+        exits.fit(model, [], 4)
+    with pytest.raises(ValueError, match="gate = None is not allowed"):
+        exits.Learned(None, 0.1)
+    with pytest.raises(ValueError, match="price = 0 is not allowed"):
+        exits.Learned(random_gate(), 0)
+    with pytest.raises(ValueError, match="fitted for dim = 8, but this model has dim = 32"):
+        exits.forward(model, ids, exits.Learned(exits.Gate(8, 4), 0.1))
 
 
 def test_a_cache_begun_under_another_rule_is_refused() -> None:

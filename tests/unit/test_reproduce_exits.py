@@ -55,6 +55,10 @@ def test_shares_count_loops_and_the_rules_own_decoding() -> None:
     # Asked after loops 1 to 3, of those that still run: 3 of the four tokens' askings are 1, 1, 3, 3.
     asked = em.shares(CFG, exits.Confidence(0.5, reads="head"), loops, full, 8)
     assert asked["flops_share"] == pytest.approx(plain["flops_share"] + 2 * head / whole)
+    gate = exits.Learned(exits.Gate(32, 4), 0.1)
+    assert em.shares(CFG, gate, loops, full, 8)["flops_share"] == pytest.approx(
+        plain["flops_share"] + 2 * (2 * 33 * 64) / whole
+    )
     second = em.shares(CFG, exits.Confidence(0.5, every=2), loops, full, 8)  # after loop 2: 0, 0, 1, 1
     coda = flops_per_token(CFG, 1, context=8) - flops_per_token(CFG.replace(coda_layers=0), 1, context=8)
     assert second["flops_share"] == pytest.approx(plain["flops_share"] + 0.5 * (head + coda) / whole)
@@ -131,8 +135,12 @@ def test_a_text_is_scored_as_the_model_does_and_points_are_kept(tmp_path: Path) 
     assert torch.allclose(scored.nats, nats, atol=1e-5)
     assert (scored.loops == 3).all()
     kept = em.Kept(tmp_path / "points.json", "a")
-    families = {name: em.FAMILIES[name] for name in ("fixed", "state", "kl-second")}
     study = em.Study(model, config, 4, 64, kept)
+    gate = study.gate(tmp_path / "gate.pt", 128, 10)
+    read = study.gate(tmp_path / "gate.pt", 128, 10)
+    assert all(torch.equal(a, b) for a, b in zip(gate.parameters(), read.parameters(), strict=True))
+    families = {name: em.FAMILIES[name] for name in ("fixed", "state", "kl-second")}
+    families["learned"] = em.learned(gate)
     bits, limit, found = study.search(families, 96, 0.01)
     assert limit == pytest.approx(1.01 * bits)
     again = em.Study(model, config, 4, 64, em.Kept(tmp_path / "points.json", "a"))
@@ -228,11 +236,11 @@ def test_the_best_rule_heeds_the_token_keeps_the_bits_and_costs_least() -> None:
 def test_families_are_checked() -> None:
     experiment: Any = named("exits-small")
     model = OpenMythos(CFG.replace(halting="off"))
-    with pytest.raises(ConfigError, match=r"'luck' is not allowed: each must be one of fixed, state"):
+    with pytest.raises(ConfigError, match=r"'luck' is not allowed: each must be one of fixed, state, act"):
         experiment._families(model, {"families": ["luck"]})
     with pytest.raises(ConfigError, match="must name a rule that heeds the token"):
         experiment._families(model, {"families": ["fixed", "act"]})
-    assert list(experiment._families(model, {"families": ["act", "state"]})) == ["state"]
+    assert list(experiment._families(model, {"families": ["act", "learned"]})) == ["learned"]
 
 
 def test_halting_is_measured_judged_and_drawn() -> None:
