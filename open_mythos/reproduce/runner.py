@@ -151,13 +151,15 @@ def _count(runs: int) -> str:
 def _missing(outcome: Outcome, settings: Settings) -> list[_Job]:
     """Take the records that are there already; the jobs for the others that are asked for."""
     code = outcome.experiment.code
-    old = {record.get("identity"): record for record in results.previous(outcome.experiment.name, settings)}
+    records = results.previous(outcome.experiment.name, settings)
+    # With the arm, since two arms may have the same config.
+    old = {(record.get("arm"), record.get("identity")): record for record in records}
     jobs = []
     for run in outcome.runs:
         identity = run.identity(settings.split, code)
         asked = is_asked(run, outcome.experiment, settings)
         again = asked and (settings.overwrite or settings.remeasure)
-        record = None if again else old.get(identity) or _measured(run, identity, settings.split)
+        record = None if again else old.get((run.arm, identity)) or _measured(run, identity, settings.split)
         if record is not None:
             outcome.records[run.arm, run.seed] = record
         elif asked:

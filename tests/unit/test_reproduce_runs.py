@@ -139,6 +139,15 @@ def test_runs_are_done_once_and_their_records_are_enough_to_go_on(place: Path) -
     assert marks(place) == ["less 0 test"]
 
 
+def test_arms_of_the_same_config_keep_their_records_apart(place: Path) -> None:
+    (place / "light.toml").write_text(LIGHT.replace("gain = 0.0", "gain = 0.2"), encoding="utf-8")
+    go(place, seeds=1)
+    (place / "runs").rename(place / "gone")
+    outcome, _ = go(place, seeds=1)
+    assert outcome.result is not None
+    assert [record["arm"] for record in outcome.result["runs"]] == ["ours", "less"]
+
+
 def test_another_config_or_split_is_another_run(place: Path) -> None:
     go(place, seeds=1)
     marks(place)
