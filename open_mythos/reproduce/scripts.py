@@ -20,7 +20,8 @@ class Articles(Experiment):
     """The articles' loop trains, not the trainer; ``[model]`` holds what is changed of the articles' own fields.
 
     ``options``: ``preset``, "defaults" or "upstream" (what the public release computes); ``first_chain_seed``, the
-    second article's SEED for seed 0; ``steps`` of the first script; ``epochs`` and ``examples`` of the second.
+    second article's SEED for seed 0; ``steps`` of the first script; ``epochs`` and ``examples`` of the
+    second; ``rows`` to test on.
     """
 
     CONFIGURED: ClassVar[bool] = False
@@ -30,6 +31,7 @@ class Articles(Experiment):
         "steps": 600,
         "epochs": 6,
         "examples": 3000,
+        "rows": 400,
     }
 
     def perform(self, run: Run, split: str) -> Record:
@@ -51,6 +53,7 @@ class Articles(Experiment):
 
         torch.set_num_threads(1)
         changes: dict[str, Any] = {"model_overrides": run.sections.get("model"), "build": build}
+        changes["rows"] = options["rows"]
         parity = parity_script(run.seed, options["steps"], loops=LOOPS, **changes)
         seed, epochs = options["first_chain_seed"] + run.seed, options["epochs"]
         changes["examples"] = options["examples"]

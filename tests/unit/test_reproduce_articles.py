@@ -159,6 +159,7 @@ def test_the_experiment_runs_both_scripts_with_either_preset(
         def run(seed: int, length: int, **given: Any) -> dict[str, Any]:
             seen.append((name, seed, given.get("read", ""), given["build"](TINY).cfg.halting))
             assert given["model_overrides"] == {"qk_norm": True}
+            assert given["rows"] == 400
             curve = {str(T): 0.1 * length + 0.01 * T for T in given["loops"]}
             rest = {"shares": [0.3, 0.7], "finite": True, "seconds": 1.0}
             return {"accuracy": curve, "longer": curve, **rest}
