@@ -91,7 +91,7 @@ class Language(Experiment):
             cells: list[Any] = [
                 f"{some[0]['parameters'] / 1e6:.1f}",
                 f"{first['train_flops'] / 1e9:.3f}",
-                f"{some[0]['tokens'] / 1e6:.0f}",
+                f"{some[0]['tokens'] / 1e6:.1f} ({first['unique_tokens'] / 1e6:.1f} × {first['epochs']:.2f})",
                 spread([_at(m, 1) for m in found]),
                 spread([_at(m, m["mean"]) for m in found]),
                 spread([min(m["curves"]["trained"]) for m in found]),
@@ -101,8 +101,16 @@ class Language(Experiment):
             ]
             title = self.arms[arm].title if arm in self.arms else arm
             rows.append({"arm": arm, "title": title, "cells": cells})
-        columns = ["M parameters", "training GFLOP a token", "M tokens", "1 loop", "mean depth", "best", "at loops",
-                   f"{reach} × mean depth", "greatest rise"]  # fmt: skip
+        size = ["M parameters", "training GFLOP a token", "M tokens (unique × epochs)"]
+        columns = [
+            *size,
+            "1 loop",
+            "mean depth",
+            "best",
+            "at loops",
+            f"{reach} × mean depth",
+            "greatest rise",
+        ]
         return {"columns": columns, "rows": rows, "format": "plain"}
 
 
