@@ -16,6 +16,8 @@ from open_mythos.accounting import parameters
 from open_mythos.reproduce.base import Experiment, Record, Run, Verdict, by_arm, curves, spread
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from open_mythos.config import MythosConfig
     from open_mythos.model import OpenMythos
     from open_mythos.training.config import RunConfig
@@ -112,6 +114,12 @@ class Language(Experiment):
             "greatest rise",
         ]
         return {"columns": columns, "rows": rows, "format": "plain"}
+
+    def draw(self, records: Sequence[Record]) -> Figure:
+        """Bits per byte over loops, whole and near the best."""
+        from open_mythos.reproduce.language_figure import draw
+
+        return draw(records, {name: arm.title for name, arm in self.arms.items()}, self.title)
 
 
 def mean_depth(config: RunConfig) -> float:

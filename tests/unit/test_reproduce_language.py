@@ -138,3 +138,26 @@ def test_no_exponent_where_the_loops_are_worth_less_than_nothing() -> None:
     dense = [(10_000_000, 2.0), (30_000_000, 1.9)]
     assert language.exponent(dense, 20_000_000, 5_000_000, 4, 2.5) is None
     assert language.exponent([(1, 1.0), (2, 1.0)], 1, 1, 4, 1.0) is None
+
+
+def test_the_figure_and_table_take_any_arms() -> None:
+    experiment = base.named("language", CONFIGS / "reproduce")
+
+    def record(arm: str, loops: list[int], bits: list[float]) -> dict[str, Any]:
+        found = measured(loops, bits, 8_000_000, 5_000_000) | {
+            "metric": "bits_per_byte", "rise": 0.0, "best_over_mean": loops[-1] / 8, "train_flops": 1e9,
+            "unique_tokens": 10**6, "epochs": 2.0, "scored_tokens": 10**6,
+        }  # fmt: skip
+        return {"arm": arm, "seed": 0, "measured": found, "parameters": 10**8, "tokens": 2 * 10**6}
+
+    ours = record("ours", [1, 8, 32], [2.0, 1.5, 1.4])
+    dense = [record("equal_flops", [1], [1.45]), record("dense_4", [1], [1.9])]
+    for records in ([ours], dense, [ours, *dense]):
+        figure = experiment.draw(records)
+        lines = list(figure.axes[1].lines)
+        assert len(lines) == len(records)
+        low, high = figure.axes[1].get_ylim()
+        assert low < min(min(r["measured"]["curves"]["trained"]) for r in records) < high
+        rows = experiment.summary(records)["rows"]
+        assert [row["arm"] for row in rows] == [r["arm"] for r in records]
+        assert rows[0]["cells"][5]["median"] == min(records[0]["measured"]["curves"]["trained"])
