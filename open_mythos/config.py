@@ -57,7 +57,8 @@ class MythosConfig:
         n_experts_per_tok: routed experts that see one token, at most n_experts.
         expert_dim: F, hidden width of one routed expert.
         act_threshold: cumulative halting probability at which a position stops (ACT, arXiv 1603.08983).
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies. None becomes 2.5 · max_seq_len: 10,240, as is usual, for 4096
+            tokens, and for short sequences a base whose slowest pairs still turn within them.
         lora_rank: rank of the per-loop LoRA on the looped block; 0 leaves it out.
         max_output_tokens: most tokens that one :meth:`generate` call may add.
         dropout: probability, on attention weights and on residual branches, while training.
@@ -73,9 +74,11 @@ class MythosConfig:
         update_norm: RMS-normalise what the looped block adds to the state, so that the state stays bounded
             whatever its weights: ‖h‖ ≤ (‖B ⊙ e‖ + max|g| √D) / (1 − ρ(A)), g being the norm's gain.
         state_norm: RMS-normalise the state after each loop.
-        alibi: let the scores of the looped block's head h fall by ``alibi · 2^−h`` a token of distance
-            (arXiv 2108.12409): what is near counts, and positions farther than trained look like those trained.
-            0 leaves it out.
+        previous_heads: the first heads of the looped block that see the token before alone (or, where there is none,
+            the token itself): each loop hands states on by one position, wherever that is.
+        alibi: let the scores of the looped block's other heads, h = 0, 1, …, fall by ``alibi · 2^−h`` a token of
+            distance (arXiv 2108.12409): what is near counts, and far positions look like those trained on. 0 leaves
+            it out.
         loop_embedding: add a sinusoidal loop index to the first ``dim // 8`` channels the block reads.
         extra_loops: while training, a forward pass with T loops first runs up to ``extra_loops · T`` more, without
             gradient and drawn anew each time, so that the loop learns to go on from wherever it stands. It is
@@ -119,7 +122,7 @@ class MythosConfig:
     n_experts_per_tok: int = 4
     expert_dim: int = 512
     act_threshold: float = 0.99
-    rope_theta: float = 500000.0
+    rope_theta: float = None  # type: ignore[assignment]  # a number once made
     lora_rank: int = 16
     max_output_tokens: int = 4096
     dropout: float = 0.0
@@ -133,6 +136,7 @@ class MythosConfig:
     block_output: BlockOutput = "update"
     update_norm: bool = False
     state_norm: bool = False
+    previous_heads: int = 0
     alibi: float = 0.0
     loop_embedding: bool = False
     extra_loops: float = 0.0
@@ -152,7 +156,10 @@ class MythosConfig:
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
-            _check_value(name, getattr(self, name), rule)
+            if name != "rope_theta" or self.rope_theta is not None:
+                _check_value(name, getattr(self, name), rule)
+        if self.rope_theta is None:
+            object.__setattr__(self, "rope_theta", max(2.5 * self.max_seq_len, _LEAST_ROPE_THETA))
         self._check_relations()
 
     def _check_relations(self) -> None:
@@ -170,6 +177,8 @@ class MythosConfig:
                 raise _error("n_heads", self.n_heads, allowed)
         elif self.qk_rope_head_dim % 2:
             raise _error("qk_rope_head_dim", self.qk_rope_head_dim, "an even number (rotary pairs)")
+        if self.previous_heads > self.n_heads:
+            raise _error("previous_heads", self.previous_heads, f"0 to n_heads ({self.n_heads})")
         if self.n_experts_per_tok > self.n_experts:
             raise _error("n_experts_per_tok", self.n_experts_per_tok, f"1 to n_experts ({self.n_experts})")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -210,7 +219,7 @@ class MythosConfig:
         for name, value in fields.items():
             if name in _UPSTREAM and value != _UPSTREAM[name]:
                 raise _error(name, value, f"{_UPSTREAM[name]!r}, which the upstream preset fixes")
-        return cls(**{**_UPSTREAM, **fields})
+        return cls(**{"rope_theta": _UPSTREAM_ROPE_THETA, **_UPSTREAM, **fields})
 
     def replace(self, **changes: Any) -> MythosConfig:
         """A checked copy with some fields changed."""
@@ -253,6 +262,9 @@ class MythosConfig:
         return cls.from_dict(fields)
 
 
+_LEAST_ROPE_THETA = 10.0
+_UPSTREAM_ROPE_THETA = 500000.0
+
 _UPSTREAM: dict[str, Any] = {
     "qk_norm": False,
     "input_norm": False,
@@ -260,6 +272,7 @@ _UPSTREAM: dict[str, Any] = {
     "block_output": "state",
     "update_norm": False,
     "state_norm": False,
+    "previous_heads": 0,
     "alibi": 0.0,
     "loop_embedding": True,
     "extra_loops": 0.0,
@@ -334,6 +347,7 @@ _RULES: dict[str, _Int | _Float | _Choice | type] = {
     "block_output": _Choice(get_args(BlockOutput)),
     "update_norm": bool,
     "state_norm": bool,
+    "previous_heads": _Int(0),
     "alibi": _Float(0),
     "loop_embedding": bool,
     "extra_loops": _Float(0),

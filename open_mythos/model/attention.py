@@ -65,17 +65,19 @@ class SequenceContext:
         return new if self.cache is None else self.cache.write(slot, new)
 
 
-def distance_penalty(mask: Tensor | None, past: int, new: int, slopes: Tensor) -> Tensor:
-    """ALiBi (arXiv 2108.12409): −slope · distance where a query may look, −inf where not.
+def distance_penalty(mask: Tensor | None, past: int, new: int, slopes: Tensor, previous: int = 0) -> Tensor:
+    """What scores lose by distance: heads that see the token before alone, then ALiBi (arXiv 2108.12409).
 
-    The distance to a key is the number of tokens after it that the query sees, so padding and other documents
-    do not count.
+    A head of the second kind loses its slope times the distance, and sees nothing that the mask hides. The
+    distance to a key is the number of tokens after it that the query sees, so padding and other documents do not
+    count. Where there is no token before, heads of the first kind see the token itself.
 
     Args:
         mask: bool (B or 1, 1, S, C), or None: causal.
         past: C − S.
         new: S.
-        slopes: (H,).
+        slopes: (H − previous,), of the heads of the second kind.
+        previous: heads of the first kind.
 
     Returns:
         (B or 1, H, S, C), in the slopes' dtype.
@@ -83,8 +85,14 @@ def distance_penalty(mask: Tensor | None, past: int, new: int, slopes: Tensor) -
     if mask is None:
         columns = torch.arange(past + new, device=slopes.device)
         mask = (columns <= columns[past:, None]).view(1, 1, new, past + new)
-    distance = mask.sum(-1, keepdim=True) - mask.cumsum(-1)
-    return (-slopes.view(1, -1, 1, 1) * distance).masked_fill(~mask, -torch.inf)
+    seen = mask.sum(-1, keepdim=True)
+    distance = seen - mask.cumsum(-1)
+    penalty = (-slopes.view(1, -1, 1, 1) * distance).masked_fill(~mask, -torch.inf)
+    if not previous:
+        return penalty
+    before = (distance == (seen > 1).to(distance.dtype)) & mask
+    only = torch.zeros_like(distance, dtype=penalty.dtype).masked_fill(~before, -torch.inf)
+    return torch.cat((only.expand(-1, previous, -1, -1), penalty), 1)
 
 
 class GQAttention(nn.Module):

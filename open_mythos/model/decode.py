@@ -224,7 +224,8 @@ def _read(model: OpenMythos) -> tuple[dict[str, Any], list[kernels.Layer]]:
     _check(loop, RecurrentBlock)
     _check(model.embed, nn.Embedding)
     random = cfg.initial_state == "random" and model.training
-    if random or cfg.alibi or cfg.halting not in ("select", "off") or model.embed.max_norm is not None:
+    local = cfg.alibi or cfg.previous_heads
+    if random or local or cfg.halting not in ("select", "off") or model.embed.max_norm is not None:
         raise _WatchedError
     width, eps = cfg.dim, cfg.norm_eps
     blocks = [*model.prelude_layers, loop.block, *model.coda_layers]

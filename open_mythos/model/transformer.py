@@ -237,7 +237,8 @@ class OpenMythos(nn.Module):
             return h, 0
         self._passes += 1
         with torch.no_grad():
-            extra = int(torch.randint(most + 1, (), generator=torch.Generator().manual_seed(self._passes)))
+            draw = torch.Generator(device="cpu").manual_seed(self._passes)
+            extra = int(torch.randint(most + 1, (), generator=draw, device="cpu"))
             for t in range(extra):
                 h = self.step(h, e, t, ctx)
         return h, extra
@@ -363,9 +364,9 @@ class OpenMythos(nn.Module):
         width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
         rope = rope_table(positions, width, cfg.rope_theta, self.embed.weight.dtype)
         penalty = None
-        if cfg.alibi:
-            slopes = cfg.alibi * 0.5 ** torch.arange(cfg.n_heads, device=tokens.device)
-            penalty = distance_penalty(mask, past, new, slopes)
+        if cfg.alibi or cfg.previous_heads:
+            slopes = cfg.alibi * 0.5 ** torch.arange(cfg.n_heads - cfg.previous_heads, device=tokens.device)
+            penalty = distance_penalty(mask, past, new, slopes, cfg.previous_heads)
         return SequenceContext(rope, mask, cache, segments, document_ids is not None, penalty)
 
     def _in_one_kernel(self, ids: Tensor, ctx: SequenceContext, n_loops: int) -> Tensor | None:

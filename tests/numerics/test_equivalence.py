@@ -155,7 +155,7 @@ def test_a_packed_document_equals_the_document_alone(attn_type: str, n_loops: in
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @torch.no_grad()
 def test_scores_that_fall_with_distance_fall_alike_however_tokens_are_fed(attn_type: str, name: str) -> None:
-    model, plain = build(attn_type, alibi=0.7), build(attn_type)
+    model, plain = build(attn_type, alibi=0.7, previous_heads=1), build(attn_type)
     ids, marks, real = layout(name)
     full = model(ids, 4, **marks)
     assert (full - plain(ids, 4, **marks))[real].abs().max() > 1e-3
@@ -176,6 +176,18 @@ def test_the_distance_penalty_is_slope_times_distance() -> None:
             for key in range(5):
                 distance = query + 2 - key
                 assert got[0, head, query, key] == (-slope * distance if distance >= 0 else -torch.inf)
+
+
+def test_heads_for_the_token_before_see_nothing_else() -> None:
+    mask = torch.tensor(
+        [[True, False, False, False], [True, True, False, False], [False, False, True, False]]
+    )
+    got = distance_penalty(mask.view(1, 1, 3, 4), 1, 3, torch.tensor([1.0]), previous=2)
+    assert got.shape == (1, 3, 3, 4)
+    assert (got[0, 0] == got[0, 1]).all()
+    assert [row.nonzero().flatten().tolist() for row in got[0, 0] == 0] == [[0], [0], [2]]
+    assert (got[0, 0] <= 0).all()
+    torch.testing.assert_close(got[:, 2:], distance_penalty(mask.view(1, 1, 3, 4), 1, 3, torch.tensor([1.0])))
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)

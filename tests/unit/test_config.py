@@ -19,7 +19,7 @@ EVERY_FIELD_CHANGED: dict[str, Any] = {
     "n_experts_per_tok": 8, "expert_dim": 17, "act_threshold": 1.5, "rope_theta": 10, "lora_rank": 0,
     "max_output_tokens": 20, "dropout": 0.25, "ffn_dim": 21, "norm_eps": 1e-5, "tie_embeddings": False,
     "qk_norm": False, "input_norm": False, "initial_state": "random", "block_output": "state",
-    "update_norm": True, "state_norm": True, "alibi": 0.5, "extra_loops": 2,
+    "update_norm": True, "state_norm": True, "previous_heads": 2, "alibi": 0.5, "extra_loops": 2,
     "loop_embedding": True, "halting": "off", "halt_bias_init": 1.0,
     "halt_tolerance": 0.5, "router_bias_rate": 0.0, "init": "upstream", "bos_token_id": 0,
     "eos_token_id": 99, "pad_token_id": 50,
@@ -36,7 +36,8 @@ def test_the_table_above_changes_every_field() -> None:
 def test_a_field_alone_is_kept_and_changes_no_other(name: str) -> None:
     value = EVERY_FIELD_CHANGED[name]
     cfg = MythosConfig(**{name: value}) if name != "n_kv_heads" else MythosConfig(n_kv_heads=5)
-    assert {**MythosConfig().to_dict(), name: value} == cfg.to_dict()
+    follows = {"rope_theta": 17.5} if name == "max_seq_len" else {}
+    assert {**MythosConfig().to_dict(), name: value, **follows} == cfg.to_dict()
     assert cfg != MythosConfig()
 
 
@@ -96,3 +97,16 @@ def test_configs_need_no_torch() -> None:
         "assert open_mythos.MythosConfig(dim=64).dim == 64"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_rotary_base_follows_the_longest_sequence_once() -> None:
+    assert MythosConfig(max_seq_len=32).rope_theta == 80.0
+    assert MythosConfig(max_seq_len=2).rope_theta == 10.0
+    assert MythosConfig(max_seq_len=32).replace(max_seq_len=4096).rope_theta == 80.0  # weights learned with it
+    assert MythosConfig(max_seq_len=32, rope_theta=7.0).rope_theta == 7.0
+    assert MythosConfig.upstream(max_seq_len=32, rope_theta=7.0).rope_theta == 7.0
+
+
+def test_no_more_previous_heads_than_heads() -> None:
+    with pytest.raises(ConfigError, match=r"^previous_heads = 5 is not allowed: it must be 0 to n_heads \(4\)$"):
+        MythosConfig(dim=64, n_heads=4, previous_heads=5)

@@ -84,7 +84,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_every_config_field_of_the_public_release_has_its_default() -> None:
     cfg = MythosConfig()
-    assert {name: getattr(cfg, name) for name in UPSTREAM_FIELDS} == UPSTREAM_FIELDS
+    ours = {**UPSTREAM_FIELDS, "rope_theta": 2.5 * 4096}  # the one default that differs
+    assert {name: getattr(cfg, name) for name in UPSTREAM_FIELDS} == ours
+    assert MythosConfig.upstream().rope_theta == UPSTREAM_FIELDS["rope_theta"]
     assert list(cfg.to_dict())[: len(UPSTREAM_FIELDS)] == list(UPSTREAM_FIELDS), "positional arguments, too"
 
 
