@@ -27,7 +27,7 @@ class Exits(Experiment):
     Options:
         full: loops of full depth; 0: the mean of the training, rounded. Measured against more, a rule would
             look better.
-        slack: bits per token that may be lost, as a share.
+        slack: bits per byte that may be lost, as a share.
         margin: the part of the slack that the search leaves unused, as the reported split differs.
         search_tokens, test_tokens: of the validation split and of the reported one.
         batch_tokens: of one pass.
@@ -41,19 +41,19 @@ class Exits(Experiment):
         "full": 0,
         "slack": 0.005,
         "margin": 0.2,
-        "search_tokens": 131_072,
-        "test_tokens": 1_000_000,
+        "search_tokens": 65_536,
+        "test_tokens": 524_288,
         "batch_tokens": 16_384,
         "families": [
             "fixed",
             "learned",
             "state",
-            "act",
             "kl",
             "kl-second",
+            "top",
+            "act",
             "kl-head",
             "same",
-            "top",
             "entropy",
         ],
         "gate_tokens": 131_072,
@@ -84,7 +84,7 @@ class Exits(Experiment):
         best = self._best(rules)
         rule = families[best["name"]].make(best["number"], full)
         return {
-            "metric": "bits_per_byte" if config.data.is_bytes else "bits_per_token",
+            "metric": f"bits_per_{reported.unit}",
             "full": full,
             "full_bits": whole["full"].bits,
             "two_bits": whole["two"].bits,
@@ -127,13 +127,12 @@ class Exits(Experiment):
         from open_mythos.reproduce import exits_measure as em
 
         model, ids = text.model, text.rows["ids"].to(text.model.embed.weight.device)
-        shown = ids[:1, :400]
-        loops = em.exits.forward(model, shown, rule, full).loops[0].tolist()
-        record: Record = {"rule": repr(rule), "text": em.shown_text(run.config, shown[0].tolist(), loops)}
+        record: Record = {"rule": repr(rule), "text": em.shown_text(text, rule, full)}
         if run.options["check_tokens"]:
             record["consistency"] = em.consistency(model, ids[:1, : run.options["check_tokens"]], rule, full)
         if run.options["decode_tokens"]:
-            record["decode"] = em.decode(model, ids[:1, :32], rule, full, run.options["decode_tokens"])
+            with text.precision():
+                record["decode"] = em.decode(model, ids[:1, :32], rule, full, run.options["decode_tokens"])
         return record
 
     def summary(self, records: Sequence[Record]) -> Record:

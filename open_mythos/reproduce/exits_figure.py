@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
 from open_mythos.analysis.style import (
     COLOURS,
-    QUIET,
     SCALE,
     Figure,
     FigureCanvasAgg,
@@ -54,7 +53,8 @@ def _trade(ax: Any, measured: Record) -> None:
         ax.plot(
             [p["loops"] for p in points],
             [100 * (p["bits"] / base - 1) for p in points],
-            color=COLOURS[i] if i < len(COLOURS) else QUIET,
+            color=COLOURS[i] if i < len(COLOURS) else "#b8c2cc",
+            zorder=3 if i < len(COLOURS) else 2,
             marker=_MARKS[i % len(_MARKS)],
             markersize=3.5,
             linewidth=1.3,
@@ -62,12 +62,12 @@ def _trade(ax: Any, measured: Record) -> None:
             label=rule["title"],
         )
     level(ax, 100 * (bits / _full_in_search(measured) - 1), "allowed in the search")
-    ax.set_ylim(-0.25, 5)
+    ax.set_ylim(-0.25, 4)
     ax.set_xlim(0.8, full + 0.2)
     ax.set_xlabel(f"mean loops per token (full depth {full})")
     ax.set_ylabel("bits lost against full depth (%)")
     ax.set_title("Validation: the price of fewer loops")
-    ax.legend(fontsize=7.5)
+    ax.legend(fontsize=7.5, loc="upper right")
 
 
 def _full_in_search(measured: Record) -> float:
@@ -98,7 +98,10 @@ def _text(figure: Figure, ax: Any, measured: Record) -> None:
     full = measured["full"]
     norm, colours = mpl.colors.Normalize(1, full), mpl.colormaps[SCALE]
     column, line = 0, 0
-    for token in measured["text"]:
+    for token in _flow(measured["text"]):
+        if token is None:
+            column, line = 0, line + (column > 0)
+            continue
         text = token["text"].replace("\n", "⏎").replace("\t", " ")
         if column + len(text) > _WIDTH:
             column, line = 0, line + 1
@@ -118,6 +121,13 @@ def _text(figure: Figure, ax: Any, measured: Record) -> None:
     bar = figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=ax, pad=0.01, aspect=25)
     bar.set_label("loops")
     bar.outline.set_visible(False)
+
+
+def _flow(windows: Sequence[Sequence[Record]]) -> Iterator[Record | None]:
+    """The tokens of all windows, and None after each."""
+    for window in windows:
+        yield from window
+        yield None
 
 
 @styled

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from open_mythos.inference.generate import generate
 from open_mythos.model import LastLoop, OpenMythos
 from open_mythos.model.cache import Entry
 from open_mythos.tasks.base import IGNORE_INDEX
+from open_mythos.training.acceleration import lowered
 from open_mythos.training.config import RunConfig
 from open_mythos.training.sources import evaluation_batches
 
@@ -132,15 +134,19 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Scored:
-    """What each scored token cost: nats (N,) float32 and loops (N,) int64, on the CPU."""
+    """What each scored token cost: nats (N,) float32 and loops (N,) int64, on the CPU; and the bytes of all.
+
+    Where it is not known what a token stands for, ``units`` are tokens.
+    """
 
     nats: Tensor
     loops: Tensor
+    units: int
 
     @property
     def bits(self) -> float:
-        """Mean bits of a token."""
-        return float(self.nats.double().mean()) / 0.6931471805599453
+        """Bits per byte."""
+        return float(self.nats.double().sum()) / self.units / math.log(2)
 
 
 class Text:
@@ -160,9 +166,13 @@ class Text:
         length = int(config.data.options["seq_len"])
         wanted = replace(config, eval=replace(config.eval, examples=max(1, -(-tokens // length))))
         found = list(evaluation_batches(wanted, split))
-        self.model = model
+        self.model, self.config = model, config
         self.rows = {name: torch.cat([batch[name] for batch in found]) for name in found[0]}
         self.step = max(1, batch_tokens // length)
+        targets = self.rows["targets"][self.rows["targets"] != IGNORE_INDEX]
+        lengths = config.data.byte_lengths()
+        self.unit = "token" if lengths is None else "byte"
+        self.units = len(targets) if lengths is None else int(torch.tensor(lengths)[targets].sum())
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Its rows where the model is, in order."""
@@ -171,9 +181,9 @@ class Text:
             yield {name: rows[start : start + self.step].to(device) for name, rows in self.rows.items()}
 
     def precision(self) -> AbstractContextManager[object]:
-        """bfloat16 products on a GPU."""
-        cuda = self.model.embed.weight.is_cuda
-        return torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
+        """The matrices in the precision of the training."""
+        low = torch.bfloat16 if self.config.parallel.precision == "bf16" else None
+        return lowered(self.model, low)
 
     def score(
         self, rule: exits.Rule, n_loops: int, cache: Callable[[], exits.ExitCache] | None = None
@@ -185,27 +195,18 @@ class Text:
             n_loops: the most loops.
             cache: makes another cache than :func:`~open_mythos.inference.exits.forward` does.
         """
-        nats: list[Tensor] = []
-        loops: list[Tensor] = []
-        for batch in self.batches():
-            with self.precision():
-                answer = exits.forward(
-                    self.model,
-                    batch["ids"],
-                    rule,
-                    n_loops,
-                    None if cache is None else cache(),
-                    document_ids=batch.get("document_ids"),
-                    # Masks of gathered tokens would leave a GPU's fast kernels.
-                    dense=batch["ids"].is_cuda,
-                )
-            asked = batch["targets"] != IGNORE_INDEX
-            flat = answer.logits.flatten(0, 1)
-            parts = zip(flat.split(4096), batch["targets"].flatten().split(4096), strict=True)
-            each = torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in parts])
-            nats.append(each[asked.flatten()].cpu())
-            loops.append(answer.loops[asked].cpu())
-        return Scored(torch.cat(nats), torch.cat(loops))
+        found = []
+        with self.precision():
+            for batch in self.batches():
+                documents, own = batch.get("document_ids"), None if cache is None else cache()
+                answer = exits.forward(self.model, batch["ids"], rule, n_loops, own, document_ids=documents)
+                asked = batch["targets"] != IGNORE_INDEX
+                flat = answer.logits.flatten(0, 1)
+                parts = zip(flat.split(4096), batch["targets"].flatten().split(4096), strict=True)
+                nats = torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in parts])
+                found.append((nats[asked.flatten()].cpu(), answer.loops[asked].cpu()))
+        nats, loops = (torch.cat(part) for part in zip(*found, strict=True))
+        return Scored(nats, loops, self.units)
 
 
 class LastEntries(exits.ExitCache):
@@ -482,9 +483,17 @@ def decode(model: OpenMythos, prompt: Tensor, rule: exits.Rule, full: int, new: 
     }
 
 
-def shown_text(config: RunConfig, ids: Sequence[int], loops: Sequence[int]) -> list[Record]:
-    """Each token as text beside the loops that it spent."""
-    tokenizer = config.data.tokenizer()
-    decoding = getattr(tokenizer, "decode", None)
-    names = [str(i) if decoding is None else str(decoding([i])) for i in ids]
-    return [{"text": name, "loops": n} for name, n in zip(names, loops, strict=True)]
+def shown_text(text: Text, rule: exits.Rule, n_loops: int, tokens: int = 1200) -> list[list[Record]]:
+    """Windows of a text, each a list of tokens as ``text`` beside the ``loops`` that they spent."""
+    decoding = getattr(text.config.data.tokenizer(), "decode", None)
+    length = text.rows["ids"].shape[1]
+    ids = text.rows["ids"][: -(-tokens // length), :tokens].to(text.model.embed.weight.device)
+    documents = text.rows["document_ids"][: len(ids), :tokens].to(ids.device)
+    loops = exits.forward(text.model, ids, rule, n_loops, document_ids=documents).loops
+    return [
+        [
+            {"text": str(i) if decoding is None else str(decoding([i])), "loops": n}
+            for i, n in zip(row, spent, strict=True)
+        ]
+        for row, spent in zip(ids.tolist(), loops.tolist(), strict=True)
+    ]
