@@ -53,7 +53,7 @@ def _style(looped: int | None, index: int) -> dict[str, Any]:
         colour = COLOURS[looped] if looped < len(COLOURS) else QUIET
         return {"color": colour, "marker": _MARKS[looped % len(_MARKS)]}
     dashes = ((0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))[index % 4]
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
+    return {"color": COLOURS[-1 - index % len(COLOURS)], "linestyle": dashes}
 
 
 def _line(ax: Any, found: Sequence[Mapping[str, Any]], style: Mapping[str, Any]) -> None:
