@@ -335,7 +335,7 @@ class Study:
         device = self.model.embed.weight.device
         gate = exits.Gate(self.model.cfg.dim, self.full)
         if path.is_file():
-            gate.load_state_dict(torch.load(path, weights_only=True))
+            gate.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             return gate.to(device).requires_grad_(False).eval()
         rows = Text(self.model, self.config, "train", tokens, self.batch_tokens)
         with rows.precision():
