@@ -34,6 +34,8 @@ def test_the_dense_arms_have_one_pass_and_nothing_routed(arms: dict[str, RunConf
         assert (config.loops.kind, config.loops.options["loops"]) == ("fixed", 1)
         assert config.model.n_experts == config.model.n_experts_per_tok == 1
         assert config.model.expert_dim == config.model.dense_dim
+        looped = ("update_norm", "state_norm", "previous_heads", "alibi", "lora_rank", "loop_embedding")
+        assert not any(getattr(config.model, name) for name in looped)
 
 
 def test_equal_parameters_and_equal_flops_are_so_within_two_percent(arms: dict[str, RunConfig]) -> None:
