@@ -33,8 +33,9 @@ class Exits(Experiment):
         batch_tokens: of one pass.
         families: names of :data:`~open_mythos.reproduce.exits_measure.FAMILIES`, and "learned".
         gate_tokens, gate_steps: of the training split, on which the gate of "learned" is fitted, and of that fit.
-        decode_tokens: new tokens whose decoding is timed; 0 times none.
-        check_tokens: tokens in float64 for :func:`~open_mythos.reproduce.exits_measure.consistency`; 0: none.
+        decode_tokens: new tokens whose decoding is timed, and a quarter of those of each of 16 rows that are fed one
+            by one under each cache policy; 0: neither.
+        check_tokens: tokens in float64 for :func:`~open_mythos.reproduce.exits_decode.consistency`; 0: none.
     """
 
     OPTIONS: ClassVar[dict[str, Any]] = {
@@ -124,15 +125,17 @@ class Exits(Experiment):
 
     def _use(self, run: Run, text: Any, rule: Any, full: int) -> Record:
         """The best rule on some text, in float64 on each path, and its time."""
-        from open_mythos.reproduce import exits_measure as em
+        from open_mythos.reproduce import exits_decode as ed
+        from open_mythos.reproduce.exits_measure import shown_text
 
-        model, ids = text.model, text.rows["ids"].to(text.model.embed.weight.device)
-        record: Record = {"rule": repr(rule), "text": em.shown_text(text, rule, full)}
-        if run.options["check_tokens"]:
-            record["consistency"] = em.consistency(model, ids[:1, : run.options["check_tokens"]], rule, full)
-        if run.options["decode_tokens"]:
+        model, ids, options = text.model, text.rows["ids"].to(text.model.embed.weight.device), run.options
+        record: Record = {"rule": repr(rule), "text": shown_text(text, rule, full)}
+        if options["check_tokens"]:
+            record["consistency"] = ed.consistency(model, ids[:1, : options["check_tokens"]], rule, full)
+        if options["decode_tokens"]:
             with text.precision():
-                record["decode"] = em.decode(model, ids[:1, :32], rule, full, run.options["decode_tokens"])
+                record["decode"] = ed.decode(model, ids[:1, :32], rule, full, options["decode_tokens"])
+                record["policies"] = ed.policies(text, rule, full, 16, 4 * options["decode_tokens"])
         return record
 
     def summary(self, records: Sequence[Record]) -> Record:

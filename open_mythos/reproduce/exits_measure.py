@@ -1,17 +1,15 @@
 """Measuring exit rules on text: settings searched on the validation split, figures from another.
 
 All figures are of whole sequences in one pass with exits, which is what decoding token by token with a cache
-gives (docs/exits.md); :func:`consistency` checks that on the trained model itself.
+gives (docs/exits.md); :mod:`open_mythos.reproduce.exits_decode` checks that on the trained model itself.
 
 Shape letters: B batch, S sequence, N scored tokens.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -28,7 +26,6 @@ from open_mythos.config import MythosConfig
 from open_mythos.inference import exits
 from open_mythos.inference.exit_cache import Group
 from open_mythos.inference.exit_rules import Predicting
-from open_mythos.inference.generate import generate
 from open_mythos.model import LastLoop, OpenMythos
 from open_mythos.model.cache import Entry
 from open_mythos.tasks.base import IGNORE_INDEX
@@ -44,8 +41,6 @@ __all__ = [
     "Scored",
     "Study",
     "Text",
-    "consistency",
-    "decode",
     "learned",
     "search",
     "shares",
@@ -438,49 +433,6 @@ def spearman(a: Tensor, b: Tensor) -> float:
     x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
     size = float(x.norm() * y.norm())
     return float(x @ y) / size if size else 0.0
-
-
-def consistency(model: OpenMythos, ids: Tensor, rule: exits.Rule, n_loops: int) -> Record:
-    """One row of ids (1, S) in float64: in one pass, in chunks, and token by token with the cache.
-
-    Returns:
-        ``tokens``, ``largest_difference`` of any log-probability, and ``loops_differ``: tokens.
-    """
-    model = copy.deepcopy(model).double()
-    whole = exits.forward(model, ids, rule, n_loops)
-    logs = whole.logits.log_softmax(-1)
-    worst, differ = 0.0, 0
-    for size in (1, 7):
-        cache = exits.ExitCache()
-        parts = [exits.forward(model, chunk, rule, n_loops, cache) for chunk in ids.split(size, 1)]
-        found = torch.cat([part.logits for part in parts], 1).log_softmax(-1)
-        worst = max(worst, float((found - logs).abs().max()))
-        differ += int((torch.cat([part.loops for part in parts], 1) != whole.loops).sum())
-    return {"tokens": ids.shape[1], "largest_difference": worst, "loops_differ": differ}
-
-
-def decode(model: OpenMythos, prompt: Tensor, rule: exits.Rule, full: int, new: int) -> Record:
-    """Seconds of decoding at batch 1 under the rule and at full depth, both token by token with the cache.
-
-    Returns:
-        ``seconds`` of each, ``time_share`` and ``loops_share``. Prediction and sampling are in the time.
-    """
-    seconds: dict[str, float] = {}
-    means: dict[str, float] = {}
-    for name, asked in (("full", exits.Never(max_loops=full)), ("rule", rule)):
-        for measured in (False, True):  # the first run warms up
-            report = exits.LoopReport()
-            began = time.perf_counter()
-            generate(model, prompt, new if measured else 2, full, 1.0, seed=0, exit=asked, report=report)
-            if prompt.is_cuda:
-                torch.cuda.synchronize()
-            seconds[name], means[name] = time.perf_counter() - began, report.mean("new")
-    return {
-        "tokens": new,
-        "seconds": seconds,
-        "time_share": seconds["rule"] / seconds["full"],
-        "loops_share": means["rule"] / means["full"],
-    }
 
 
 def shown_text(text: Text, rule: exits.Rule, n_loops: int, tokens: int = 1200) -> list[list[Record]]:

@@ -15,6 +15,7 @@ from open_mythos import MythosConfig, OpenMythos
 from open_mythos.accounting import flops_per_token
 from open_mythos.config import ConfigError
 from open_mythos.inference import exits
+from open_mythos.reproduce import exits_decode as ed
 from open_mythos.reproduce import exits_measure as em
 from open_mythos.reproduce.base import named
 from open_mythos.training.config import RunConfig
@@ -164,6 +165,10 @@ def test_a_text_is_scored_as_the_model_does_and_points_are_kept(tmp_path: Path) 
     assert meanings["next"]["bits"] != meanings["last"]["bits"]
     never = study.meanings(exits.Never(), 96)
     assert never["next"] == pytest.approx(never["last"])
+    policies = ed.policies(text, exits.StateChange(0.4), 4, 2, 16)
+    assert policies["tokens"] == 32
+    assert policies["every"]["rule"] == pytest.approx(policies["one_pass"], rel=1e-4)
+    assert policies["every"]["full"]["loops"] == 4 > policies["last"]["rule"]["loops"]
     shown = em.shown_text(text, exits.Fixed(2), 4, tokens=40)
     assert [len(window) for window in shown] == [32, 32]
     assert "".join(token["text"] for token in shown[0]).isprintable()
@@ -174,11 +179,11 @@ def test_consistency_and_decoding_of_a_model() -> None:
     torch.manual_seed(0)
     model, ids = OpenMythos(CFG).eval(), torch.randint(0, 259, (1, 16))
     rule = exits.StateChange(0.3)
-    found = em.consistency(model, ids, rule, 4)
+    found = ed.consistency(model, ids, rule, 4)
     assert found["loops_differ"] == 0
     assert found["largest_difference"] <= 1e-12
     assert model.embed.weight.dtype == torch.float32
-    timed = em.decode(model, ids, exits.Fixed(1), 4, 3)
+    timed = ed.decode(model, ids, exits.Fixed(1), 4, 3)
     assert timed["loops_share"] == 0.25
     assert timed["tokens"] == 3
 

@@ -1,0 +1,96 @@
+"""Exits while decoding with the cache: the same numbers as in one pass, the cache policies, and the time.
+
+Shape letters: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.inference import exits
+from open_mythos.inference.generate import generate
+from open_mythos.model import EveryLoop, LastLoop, LoopPolicy, OpenMythos
+from open_mythos.reproduce.exits_measure import Text
+from open_mythos.tasks.base import IGNORE_INDEX
+
+__all__ = ["consistency", "decode", "policies"]
+
+Record = dict[str, Any]
+
+
+def consistency(model: OpenMythos, ids: Tensor, rule: exits.Rule, n_loops: int) -> Record:
+    """One row of ids (1, S) in float64: in one pass, in chunks, and token by token with the cache.
+
+    Returns:
+        ``tokens``, ``largest_difference`` of any log-probability, and ``loops_differ``: tokens.
+    """
+    model = copy.deepcopy(model).double()
+    whole = exits.forward(model, ids, rule, n_loops)
+    logs = whole.logits.log_softmax(-1)
+    worst, differ = 0.0, 0
+    for size in (1, 7):
+        cache = exits.ExitCache()
+        parts = [exits.forward(model, chunk, rule, n_loops, cache) for chunk in ids.split(size, 1)]
+        found = torch.cat([part.logits for part in parts], 1).log_softmax(-1)
+        worst = max(worst, float((found - logs).abs().max()))
+        differ += int((torch.cat([part.loops for part in parts], 1) != whole.loops).sum())
+    return {"tokens": ids.shape[1], "largest_difference": worst, "loops_differ": differ}
+
+
+def decode(model: OpenMythos, prompt: Tensor, rule: exits.Rule, full: int, new: int) -> Record:
+    """Seconds of decoding at batch 1 under the rule and at full depth, both token by token with the cache.
+
+    Returns:
+        ``seconds`` of each, ``time_share`` and ``loops_share``. Prediction and sampling are in the time.
+    """
+    seconds: dict[str, float] = {}
+    means: dict[str, float] = {}
+    for name, asked in (("full", exits.Never(max_loops=full)), ("rule", rule)):
+        for measured in (False, True):  # the first run warms up
+            report = exits.LoopReport()
+            began = time.perf_counter()
+            generate(model, prompt, new if measured else 2, full, 1.0, seed=0, exit=asked, report=report)
+            if prompt.is_cuda:
+                torch.cuda.synchronize()
+            seconds[name], means[name] = time.perf_counter() - began, report.mean("new")
+    return {
+        "tokens": new,
+        "seconds": seconds,
+        "time_share": seconds["rule"] / seconds["full"],
+        "loops_share": means["rule"] / means["full"],
+    }
+
+
+def policies(text: Text, rule: exits.Rule, full: int, rows: int, tokens: int) -> Record:
+    """Nats per token of windows of a text, fed token by token with the cache, as decoding would.
+
+    Returns:
+        ``tokens`` scored, and for ``every`` and ``last`` (:class:`EveryLoop`, :class:`LastLoop`) the ``full`` depth's
+        and the ``rule``'s ``nats`` and ``loops``; for the rule in one pass, too, as ``one_pass``.
+    """
+    device = text.model.embed.weight.device
+    batch = {name: value[:rows, :tokens].to(device) for name, value in text.rows.items()}
+    asked = batch["targets"] != IGNORE_INDEX
+
+    def scored(answers: list[exits.Answer]) -> Record:
+        logits = torch.cat([answer.logits for answer in answers], 1)[asked].float()
+        loops = torch.cat([answer.loops for answer in answers], 1)[asked]
+        nats = F.cross_entropy(logits, batch["targets"][asked])
+        return {"nats": float(nats), "loops": float(loops.double().mean())}
+
+    def fed(policy: LoopPolicy | None, asks: exits.Rule) -> Record:
+        cache = None if policy is None else exits.ExitCache(policy, batch["ids"].shape[1])
+        size = batch["ids"].shape[1] if policy is None else 1
+        parts = zip(batch["ids"].split(size, 1), batch["document_ids"].split(size, 1), strict=True)
+        return scored([exits.forward(text.model, i, asks, full, cache, document_ids=d) for i, d in parts])
+
+    found: Record = {"tokens": int(asked.sum()), "one_pass": fed(None, rule)}
+    for name, policy in (("every", EveryLoop()), ("last", LastLoop())):
+        found[name] = {"full": fed(policy, exits.Never()), "rule": fed(policy, rule)}
+    return found
