@@ -161,6 +161,7 @@ class PackedDataset(_Stream):
         size: rank r of ``size`` gets the rows from r·B/size on.
         prefetch: batches to make ahead, in pinned memory where there is a GPU; no effect on what they hold.
         workers: threads that make them.
+        apart: False leaves out ``document_ids``, so that a token sees what stands before its document in the row.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class PackedDataset(_Stream):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        apart: bool = True,
         epochs: int | None = None,
         rank: int = 0,
         size: int = 1,
@@ -183,6 +185,7 @@ class PackedDataset(_Stream):
         self.blocks = blocks
         self.seed = seed
         self.shuffle = shuffle
+        self.apart = apart
         self.epochs = epochs
         self._pin = bool(prefetch) and torch.cuda.is_available()
 
@@ -204,7 +207,9 @@ class PackedDataset(_Stream):
         # The document of a place is the number of ends before it.
         documents = np.cumsum(ends, axis=1) - ends
         targets = np.where(ends[:, :-1], IGNORE_INDEX, ids[:, 1:])
-        batch = {"ids": ids[:, :-1].copy(), "targets": targets, "document_ids": documents[:, :-1].copy()}
+        batch = {"ids": ids[:, :-1].copy(), "targets": targets}
+        if self.apart:
+            batch["document_ids"] = documents[:, :-1].copy()
         tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
         return {key: value.pin_memory() for key, value in tensors.items()} if self._pin else tensors
 

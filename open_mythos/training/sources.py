@@ -47,7 +47,7 @@ def train_stream(
         return TaskStream(task, batch, seed=seed, rank=rank, size=size), {"task": repr(task)}
     prepared = prepare(config.data, tell)
     blocks = _blocks(config, prepared, "train")
-    ahead = {key: config.data.options[key] for key in ("prefetch", "workers")}
+    ahead = {key: config.data.options[key] for key in ("apart", "prefetch", "workers")}
     stream = PackedDataset(blocks, batch, seed=seed, rank=rank, size=size, **ahead)
     return stream, {**prepared.report(), "train": blocks.report()}
 
@@ -74,7 +74,8 @@ def evaluation_batches(
             task, size, seed=1, split=split, steps=steps, **harder
         )
     else:
-        batches = PackedDataset(_blocks(config, prepare(config.data), split), size, seed=1, epochs=1)
+        blocks = _blocks(config, prepare(config.data), split)
+        batches = PackedDataset(blocks, size, seed=1, epochs=1, apart=config.data.options["apart"])
     for batch in batches:
         yield {key: rows[:left] for key, rows in batch.items()}
         left -= size

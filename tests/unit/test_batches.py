@@ -126,6 +126,13 @@ def test_document_ids_change_exactly_after_eos(folder: Path, bos: bool):
             assert torch.equal(ids[:, 1:][change], torch.full((int(change.sum()),), BOS))
 
 
+def test_documents_that_are_not_kept_apart_have_the_same_ids_and_targets(folder: Path):
+    apart, joined = (list(PackedDataset(packed(folder), 4, epochs=1, apart=apart)) for apart in (True, False))
+    for one, other in zip(apart, joined, strict=True):
+        assert one.keys() - other.keys() == {"document_ids"}
+        assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
 def test_with_bos_every_byte_and_end_is_asked_once_but_for_the_tail(folder: Path):
     blocks = packed(folder, bos=True)
     asked = torch.cat([b["targets"].flatten() for b in PackedDataset(blocks, 4, shuffle=False, epochs=1)])

@@ -16,7 +16,7 @@ from open_mythos import OpenMythos
 from open_mythos.tokenizer import MythosTokenizer
 from open_mythos.training.config import RunConfig
 from open_mythos.training.evaluate import sweep
-from open_mythos.training.sources import evaluation_batches
+from open_mythos.training.sources import evaluation_batches, train_stream
 
 EOS = "<|endoftext|>"
 TEXTS = [f"Straße {n}: ünïcödé ☃ and 𝄞, the {n}th time; the time of day\n\tis noon.\n" * 3 for n in range(40)]
@@ -131,3 +131,14 @@ def test_every_loop_count_is_scored_as_the_model_would_answer(corpus: Path, halt
     expected = [nats[count] / scored / math.log(2) for count in counts]
     assert len(set(expected)) == 3
     assert sweep(model, cfg, RUN, counts)["splits"]["test"]["values"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_joined_documents_are_scored_as_they_are_trained(corpus: Path) -> None:
+    cfg = config(corpus, "bytes")
+    joined = RunConfig.from_dict({**cfg.to_dict(), "data": {**cfg.to_dict()["data"], "apart": False}})
+    assert all("document_ids" not in batch for batch in evaluation_batches(joined, "test"))
+    assert "document_ids" not in next(train_stream(joined)[0])
+    torch.manual_seed(0)
+    model = OpenMythos(cfg.model)
+    one, other = (sweep(model, each, RUN, [2])["splits"]["test"]["values"] for each in (cfg, joined))
+    assert one != other
