@@ -33,8 +33,8 @@ class Exits(Experiment):
         batch_tokens: of one pass.
         families: names of :data:`~open_mythos.reproduce.exits_measure.FAMILIES`, and "learned".
         gate_tokens, gate_steps: of the training split, on which the gate of "learned" is fitted, and of that fit.
-        decode_tokens: new tokens whose decoding is timed, and a quarter of those of each of 16 rows that are fed one
-            by one under each cache policy; 0: neither.
+        decode_tokens: tokens whose decoding is timed; four times as many of each of 16 rows are fed one by one under
+            each cache policy; 0: neither.
         check_tokens: tokens in float64 for :func:`~open_mythos.reproduce.exits_decode.consistency`; 0: none.
     """
 
@@ -134,7 +134,9 @@ class Exits(Experiment):
             record["consistency"] = ed.consistency(model, ids[:1, : options["check_tokens"]], rule, full)
         if options["decode_tokens"]:
             with text.precision():
-                record["decode"] = ed.decode(model, ids[:1, :32], rule, full, options["decode_tokens"])
+                prompt = min(32, ids.shape[1] // 2)
+                fed = ids[:1, : prompt + options["decode_tokens"]]
+                record["decode"] = ed.decode(model, fed, rule, full, prompt)
                 record["policies"] = ed.policies(text, rule, full, 16, 4 * options["decode_tokens"])
         return record
 

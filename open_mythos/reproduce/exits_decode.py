@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.inference import exits
-from open_mythos.inference.generate import generate
 from open_mythos.model import EveryLoop, LastLoop, LoopPolicy, OpenMythos
 from open_mythos.reproduce.exits_measure import Text
 from open_mythos.tasks.base import IGNORE_INDEX
@@ -43,27 +42,43 @@ def consistency(model: OpenMythos, ids: Tensor, rule: exits.Rule, n_loops: int) 
     return {"tokens": ids.shape[1], "largest_difference": worst, "loops_differ": differ}
 
 
-def decode(model: OpenMythos, prompt: Tensor, rule: exits.Rule, full: int, new: int) -> Record:
-    """Seconds of decoding at batch 1 under the rule and at full depth, both token by token with the cache.
+def decode(model: OpenMythos, ids: Tensor, rule: exits.Rule, full: int, prompt: int) -> Record:
+    """Seconds of decoding at batch 1 under the rule and at full depth: a text fed token by token with the cache.
+
+    Both are fed the same tokens, so sampling plays no part.
+
+    Args:
+        model: in eval mode.
+        ids: (1, S), all of which are fed.
+        rule: asked after each loop.
+        full: loops of full depth.
+        prompt: first tokens, fed at once and not timed.
 
     Returns:
-        ``seconds`` of each, ``time_share`` and ``loops_share``. Prediction and sampling are in the time.
+        ``tokens`` timed, ``seconds`` of each, ``time_share`` and ``loops_share``.
     """
-    seconds: dict[str, float] = {}
-    means: dict[str, float] = {}
-    for name, asked in (("full", exits.Never(max_loops=full)), ("rule", rule)):
-        for measured in (False, True):  # the first run warms up
-            report = exits.LoopReport()
-            began = time.perf_counter()
-            generate(model, prompt, new if measured else 2, full, 1.0, seed=0, exit=asked, report=report)
-            if prompt.is_cuda:
-                torch.cuda.synchronize()
-            seconds[name], means[name] = time.perf_counter() - began, report.mean("new")
+
+    def timed(asks: exits.Rule, until: int) -> tuple[float, float]:
+        cache = exits.ExitCache(None, ids.shape[1])
+        exits.forward(model, ids[:, :prompt], asks, full, cache)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        rest = ids[:, prompt:until].split(1, 1)
+        spent = [exits.forward(model, token, asks, full, cache).loops for token in rest]
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, float(torch.cat(spent, 1).double().mean())
+
+    found = {}
+    for name, asks in (("full", exits.Never()), ("rule", rule)):
+        timed(asks, prompt + 2)  # warms up
+        found[name] = timed(asks, ids.shape[1])
     return {
-        "tokens": new,
-        "seconds": seconds,
-        "time_share": seconds["rule"] / seconds["full"],
-        "loops_share": means["rule"] / means["full"],
+        "tokens": ids.shape[1] - prompt,
+        "seconds": {name: seconds for name, (seconds, _) in found.items()},
+        "time_share": found["rule"][0] / found["full"][0],
+        "loops_share": found["rule"][1] / found["full"][1],
     }
 
 

@@ -183,7 +183,7 @@ def test_consistency_and_decoding_of_a_model() -> None:
     assert found["loops_differ"] == 0
     assert found["largest_difference"] <= 1e-12
     assert model.embed.weight.dtype == torch.float32
-    timed = ed.decode(model, ids, exits.Fixed(1), 4, 3)
+    timed = ed.decode(model, ids, exits.Fixed(1), 4, prompt=13)
     assert timed["loops_share"] == 0.25
     assert timed["tokens"] == 3
 
