@@ -102,7 +102,9 @@ def policies(text: Text, rule: exits.Rule, full: int, rows: int, tokens: int) ->
     def fed(policy: LoopPolicy | None, asks: exits.Rule) -> Record:
         cache = None if policy is None else exits.ExitCache(policy, batch["ids"].shape[1])
         size = batch["ids"].shape[1] if policy is None else 1
-        parts = zip(batch["ids"].split(size, 1), batch["document_ids"].split(size, 1), strict=True)
+        ids, documents = batch["ids"].split(size, 1), batch.get("document_ids")
+        marks = [None] * len(ids) if documents is None else documents.split(size, 1)
+        parts = zip(ids, marks, strict=True)
         return scored([exits.forward(text.model, i, asks, full, cache, document_ids=d) for i, d in parts])
 
     found: Record = {"tokens": int(asked.sum()), "one_pass": fed(None, rule)}

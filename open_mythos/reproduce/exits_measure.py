@@ -440,7 +440,9 @@ def shown_text(text: Text, rule: exits.Rule, n_loops: int, tokens: int = 1200) -
     decoding = getattr(text.config.data.tokenizer(), "decode", None)
     length = text.rows["ids"].shape[1]
     ids = text.rows["ids"][: -(-tokens // length), :tokens].to(text.model.embed.weight.device)
-    documents = text.rows["document_ids"][: len(ids), :tokens].to(ids.device)
+    documents = text.rows.get("document_ids")  # absent where documents are not kept apart
+    if documents is not None:
+        documents = documents[: len(ids), :tokens].to(ids.device)
     loops = exits.forward(text.model, ids, rule, n_loops, document_ids=documents).loops
     return [
         [
