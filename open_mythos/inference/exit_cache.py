@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,8 +81,11 @@ class Group:
             mask = torch.ones(1, 1, new, new, dtype=torch.bool, device=self.running.device).tril()
         if mask is not None:
             mask = mask.expand(batch, 1, new, -1)[self.rows[:, None], 0, self.columns].unsqueeze(1)
-        rope = ctx.rope.expand(-1, batch, -1, -1, -1)[:, self.rows[:, None], self.columns]
-        return SequenceContext(rope, mask, ctx.cache, ctx.segments, ctx.packed)
+        places = self.rows[:, None], self.columns
+        rope, penalty = ctx.rope.expand(-1, batch, -1, -1, -1)[:, places[0], places[1]], ctx.penalty
+        if penalty is not None:
+            penalty = penalty.expand(batch, -1, -1, -1).transpose(1, 2)[places].transpose(1, 2)
+        return replace(ctx, rope=rope, mask=mask, penalty=penalty, memo={})
 
 
 class _Shown(Exception):  # noqa: N818 (no error: it ends a step that has shown enough)
