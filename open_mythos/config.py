@@ -155,10 +155,11 @@ class MythosConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        chosen: float | None = self.rope_theta
         for name, rule in _RULES.items():
-            if name != "rope_theta" or self.rope_theta is not None:
+            if name != "rope_theta" or chosen is not None:
                 _check_value(name, getattr(self, name), rule)
-        if self.rope_theta is None:
+        if chosen is None:
             object.__setattr__(self, "rope_theta", max(2.5 * self.max_seq_len, _LEAST_ROPE_THETA))
         self._check_relations()
 

@@ -102,11 +102,15 @@ def test_configs_need_no_torch() -> None:
 def test_the_rotary_base_follows_the_longest_sequence_once() -> None:
     assert MythosConfig(max_seq_len=32).rope_theta == 80.0
     assert MythosConfig(max_seq_len=2).rope_theta == 10.0
-    assert MythosConfig(max_seq_len=32).replace(max_seq_len=4096).rope_theta == 80.0  # weights learned with it
+    assert (
+        MythosConfig(max_seq_len=32).replace(max_seq_len=4096).rope_theta == 80.0
+    )  # weights learned with it
     assert MythosConfig(max_seq_len=32, rope_theta=7.0).rope_theta == 7.0
     assert MythosConfig.upstream(max_seq_len=32, rope_theta=7.0).rope_theta == 7.0
 
 
 def test_no_more_previous_heads_than_heads() -> None:
-    with pytest.raises(ConfigError, match=r"^previous_heads = 5 is not allowed: it must be 0 to n_heads \(4\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^previous_heads = 5 is not allowed: it must be 0 to n_heads \(4\)$"
+    ):
         MythosConfig(dim=64, n_heads=4, previous_heads=5)

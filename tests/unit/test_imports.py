@@ -62,8 +62,8 @@ TABLE = {
 # the sampling code, on use.
 DOORS = {("model/transformer.py", "generate", "open_mythos.inference.generate")}
 
-# Rooms that may import a module whose name is only known at run time: to be light at start-up, and in `reproduce` because
-# an experiment's TOML names its class.
+# Rooms that may import a module whose name is only known at run time: to be light at start-up, and in `reproduce`
+# because an experiment's TOML names its class.
 DYNAMIC = {"__init__", "cli", "reproduce"}
 
 
