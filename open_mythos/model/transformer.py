@@ -229,13 +229,15 @@ class OpenMythos(nn.Module):
     def _settle(self, h: Tensor, e: Tensor, ctx: SequenceContext, n_loops: int) -> tuple[Tensor, int]:
         """While training, the state after 0 … extra_loops · n_loops loops without gradient, and how many.
 
-        The number follows from how many passes there were, so that all processes that train it draw the same.
+        The number follows from how many passes there were, so that all processes that train it draw the same, and
+        a recomputation for the backward draws as its pass did.
         """
         most = int(self.cfg.extra_loops * n_loops)
         learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if not most or not learns or ctx.cache is not None:
             return h, 0
-        self._passes += 1
+        if not _recomputing():
+            self._passes += 1
         with torch.no_grad():
             draw = torch.Generator(device="cpu").manual_seed(self._passes)
             extra = int(torch.randint(most + 1, (), generator=draw, device="cpu"))

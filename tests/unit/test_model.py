@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from open_mythos import KVCache, MythosConfig, OpenMythos, precompute_rope_freqs
 from open_mythos.model.layers import apply_rope, rope_table
@@ -318,3 +319,16 @@ def test_extra_loops_run_before_the_asked_ones_while_training() -> None:
         model.recurrent.block.ffn.router_bias.copy_(plain.recurrent.block.ffn.router_bias)
     assert set(seen) == {0, 1, 2, 3}
     torch.testing.assert_close(model.eval()(ids, 3), plain(ids, 3))
+
+
+def test_a_recomputation_runs_as_many_extra_loops_as_its_pass() -> None:
+    torch.manual_seed(0)
+    model = build(extra_loops=4.0).double()
+    ids = torch.randint(0, model.cfg.vocab_size, (2, 5))
+    gradients = []
+    for recomputed in (False, True):
+        same = copy.deepcopy(model)
+        logits = checkpoint(same, ids, 2, use_reentrant=False) if recomputed else same(ids, 2)
+        logits.square().sum().backward()
+        gradients.append(same.recurrent.norm.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
