@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from open_mythos.accounting import parameters
-from open_mythos.reproduce.base import Experiment, Record, Run, Verdict, by_arm, curves, spread
+from open_mythos.reproduce.base import Experiment, Record, Run, Verdict, by_arm, curves, spread, value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,12 +52,13 @@ class Language(Experiment):
         config = run.config
         found = curves(model, config, run.record, split, run.loops)
         bits, mean = found["curves"]["trained"], mean_depth(config)
+        finite = [one for one in bits if math.isfinite(one)]
         once, block = active(config.model)
         return {
             **found,
             "mean": mean,
             "rise": rise(found["loops"], bits, run.options["reach"] * mean),
-            "best_over_mean": found["loops"][bits.index(min(bits))] / mean,
+            "best_over_mean": found["loops"][bits.index(min(finite))] / mean if finite else None,
             "once": once,
             "block": block,
             "train_flops": training_flops(config),
@@ -96,10 +97,10 @@ class Language(Experiment):
                 f"{some[0]['tokens'] / 1e6:.1f} ({first['unique_tokens'] / 1e6:.1f} × {first['epochs']:.2f})",
                 spread([_at(m, 1) for m in found]),
                 spread([_at(m, m["mean"]) for m in found]),
-                spread([min(m["curves"]["trained"]) for m in found]),
-                spread([m["best_over_mean"] * m["mean"] for m in found]),
+                spread([value(record) for record in some]),
+                spread([m["best_over_mean"] and m["best_over_mean"] * m["mean"] for m in found]),
                 spread([_at(m, reach * m["mean"]) for m in found]),
-                "" if len(first["loops"]) == 1 else f"{100 * max(m['rise'] for m in found):.2f} %",
+                "" if len(first["loops"]) == 1 else _greatest([m["rise"] for m in found]),
             ]
             title = self.arms[arm].title if arm in self.arms else arm
             rows.append({"arm": arm, "title": title, "cells": cells})
@@ -154,14 +155,16 @@ def active(model: MythosConfig) -> tuple[int, int]:
 
 def rise(loops: Sequence[int], bits: Sequence[float], last: float) -> float:
     """The greatest share by which bits per byte lie above their least at fewer loops, up to ``last`` loops; 0 where
-    they never rise.
+    they never rise, infinite where one of them is not finite.
     """
     greatest, least = 0.0, math.inf
-    for count, value in zip(loops, bits, strict=True):
+    for count, here in zip(loops, bits, strict=True):
         if count > last:
             break
-        least = min(least, value)
-        greatest = max(greatest, value / least - 1)
+        if not math.isfinite(here):
+            return math.inf
+        least = min(least, here)
+        greatest = max(greatest, here / least - 1)
     return greatest
 
 
@@ -173,14 +176,17 @@ def exponents(records: Sequence[Record], arm: str) -> dict[int, list[float]]:
     """
     arms = by_arm(records)
     dense = [some[0]["measured"] for some in arms.values() if some[0]["measured"]["loops"] == [1]]
-    points = sorted((m["once"] + m["block"], m["curves"]["trained"][0]) for m in dense)
+    sizes = [(m["once"] + m["block"], m["curves"]["trained"][0]) for m in dense]
+    points = sorted(point for point in sizes if point[1] is not None)
     if len(points) < 2 or arm not in arms:
         return {}
     found: dict[int, list[float]] = {}
     for record in arms[arm]:
         m = record["measured"]
         for loops, bits in zip(m["loops"], m["curves"]["trained"], strict=True):
-            phi = exponent(points, m["once"], m["block"], loops, bits) if 1 < loops <= 2 * m["mean"] else None
+            if bits is None or not 1 < loops <= 2 * m["mean"]:
+                continue
+            phi = exponent(points, m["once"], m["block"], loops, bits)
             if phi is not None:
                 found.setdefault(loops, []).append(phi)
     return found
@@ -213,11 +219,18 @@ def exponent(
     return math.log((size - once) / block) / math.log(loops) if size > once else None
 
 
-def _at(measured: Mapping[str, Any], loops: float) -> float:
-    """Bits per byte at the loop count nearest to this one."""
+def _greatest(rises: Sequence[float | None]) -> str:
+    """In percent; one that was not finite is the greatest."""
+    known = [share for share in rises if share is not None]
+    return f"{100 * max(known):.2f} %" if len(known) == len(rises) else "not finite"
+
+
+def _at(measured: Mapping[str, Any], loops: float) -> float | None:
+    """Bits per byte at the loop count nearest to this one; None if they were not finite."""
     counts = measured["loops"]
     nearest = min(range(len(counts)), key=lambda i: abs(counts[i] - loops))
-    return float(measured["curves"]["trained"][nearest])
+    found: float | None = measured["curves"]["trained"][nearest]
+    return found
 
 
 def _data(config: RunConfig, split: str) -> dict[str, Any]:

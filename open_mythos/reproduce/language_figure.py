@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -10,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from open_mythos.analysis.style import COLOURS, QUIET, Figure, loop_ticks, styled, ticker
 from open_mythos.reproduce.figures import panels
-from open_mythos.reproduce.targets import Record, by_arm
+from open_mythos.reproduce.targets import Record, by_arm, value
 
 __all__ = ["draw"]
 
@@ -59,13 +60,17 @@ def _style(looped: int | None, index: int) -> dict[str, Any]:
 def _line(ax: Any, found: Sequence[Mapping[str, Any]], style: Mapping[str, Any]) -> None:
     """The median over seeds, and the range between them as a band."""
     loops = found[0]["loops"]
-    columns = list(zip(*(m["curves"]["trained"] for m in found if m["loops"] == loops), strict=True))
+    columns = list(zip(*(_bits(m) for m in found if m["loops"] == loops), strict=True))
     if len(loops) == 1:
         ax.axhline(median(columns[0]), **style)
         return
     ax.plot(loops, [median(column) for column in columns], **style)
     low, high = [min(column) for column in columns], [max(column) for column in columns]
     ax.fill_between(loops, low, high, color=style["color"], alpha=0.16, linewidth=0)
+
+
+def _bits(measured: Mapping[str, Any]) -> list[float]:
+    return [math.nan if bits is None else bits for bits in measured["curves"]["trained"]]
 
 
 def _dress(ax: Any, records: Sequence[Record]) -> None:
@@ -82,9 +87,9 @@ def _near(records: Sequence[Record]) -> tuple[float, float]:
     """From a little below the best of all to a little above the worst of the arms' bests, and what ours has at a few
     loops less than its best.
     """
-    bests = [min(record["measured"]["curves"]["trained"]) for record in records]
+    bests = [best for record in records if (best := value(record)) is not None] or [0.0]
     first = [record["measured"] for record in records if record["arm"] == records[0]["arm"]]
-    falls = [value for m in first for value in m["curves"]["trained"][2:4]]
+    falls = [bits for m in first for bits in m["curves"]["trained"][2:4] if bits is not None]
     low, high = min(bests), max(median(bests), *falls) if falls else max(bests)
     margin = 0.08 * (high - low) or 0.01
     return low - margin, high + margin

@@ -99,7 +99,12 @@ def test_active_parameters_are_those_of_a_token() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "expected"),
-    [([2.0, 1.9, 1.8, 1.7], 0.0), ([2.0, 1.9, 1.919, 1.5], 0.01), ([2.0, 1.8, 1.8, 9.0], 0.0)],
+    [
+        ([2.0, 1.9, 1.8, 1.7], 0.0),
+        ([2.0, 1.9, 1.919, 1.5], 0.01),
+        ([2.0, 1.8, 1.8, 9.0], 0.0),
+        ([2.0, 1.9, math.nan, 1.5], math.inf),
+    ],
 )
 def test_a_rise_is_over_the_least_before_it_and_within_reach(bits: list[float], expected: float) -> None:
     assert language.rise([1, 2, 4, 64], bits, 32) == pytest.approx(expected)
@@ -110,7 +115,8 @@ def bits_of(size: float) -> float:
 
 
 def measured(loops: list[int], bits: list[float], once: int, block: int) -> dict[str, Any]:
-    return {"loops": loops, "curves": {"trained": bits}, "once": once, "block": block, "mean": 8.0}
+    curves = {"loops": loops, "better": "lower", "curves": {"trained": bits}}
+    return {**curves, "once": once, "block": block, "mean": 8.0}
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.46, 1.0])
@@ -145,7 +151,7 @@ def test_no_exponent_where_the_loops_are_worth_less_than_nothing() -> None:
 def test_the_figure_and_table_take_any_arms() -> None:
     experiment = base.named("language", CONFIGS / "reproduce")
 
-    def record(arm: str, loops: list[int], bits: list[float]) -> dict[str, Any]:
+    def record(arm: str, loops: list[int], bits: list[Any]) -> dict[str, Any]:
         found = measured(loops, bits, 8_000_000, 5_000_000) | {
             "metric": "bits_per_byte", "rise": 0.0, "best_over_mean": loops[-1] / 8, "train_flops": 1e9,
             "unique_tokens": 10**6, "epochs": 2.0, "scored_tokens": 10**6,
@@ -154,6 +160,14 @@ def test_the_figure_and_table_take_any_arms() -> None:
 
     ours = record("ours", [1, 8, 32], [2.0, 1.5, 1.4])
     dense = [record("equal_flops", [1], [1.45]), record("dense_4", [1], [1.9])]
+    lost = record("upstream", [1, 8, 32], [1.9, None, None])
+    lost["measured"] |= {"rise": None, "best_over_mean": 1 / 8}
+    gone = record("fixed", [1, 8, 32], [None, None, None])
+    gone["measured"] |= {"rise": None, "best_over_mean": None}
+    rows = experiment.summary([ours, lost, gone])["rows"]
+    assert [row["cells"][-1] for row in rows] == ["0.00 %", "not finite", "not finite"]
+    assert [row["cells"][5]["median"] for row in rows] == [1.4, 1.9, None]
+    experiment.draw([ours, lost, gone])
     for records in ([ours], dense, [ours, *dense]):
         figure = experiment.draw(records)
         lines = list(figure.axes[1].lines)
