@@ -109,6 +109,8 @@ class Experiment:
 
     OPTIONS: ClassVar[dict[str, Any]] = {}
     CONFIGURED: ClassVar[bool] = True
+    # What an unfinished measurement keeps in the run's folder, as patterns; measuring anew begins without.
+    KEPT: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -289,11 +291,11 @@ def _experiment(path: Path, tables: dict[str, Any]) -> Experiment:
         sections={
             name: table for name, table in tables.items() if name not in ("experiment", "arms", "quick")
         },
-        targets=tuple(read_target(table, list(arms)) for table in about.get("targets", ())),
+        targets=tuple(read_target(table, list(arms)) for table in _list(about, "experiment", "targets")),
         options=options,
         quick=changes("quick", {key: v for key, v in quick.items() if key not in ("options", "arms")}),
         quick_options=quick_options,
-        quick_arms=tuple(quick.get("arms", ())),
+        quick_arms=_quick_arms(quick),
         notes=about.get("notes", "").strip(),
         code=about.get("code", ""),
         order=about.get("order", 99),
@@ -305,6 +307,21 @@ def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise error(f"[{name}]", table, "a table of keys")
     return table
+
+
+def _list(table: Mapping[str, Any], where: str, key: str) -> list[Any]:
+    found = table.get(key, [])
+    if not isinstance(found, list):
+        raise error(f"{where}.{key}", found, "a list")
+    return found
+
+
+def _quick_arms(quick: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names alone: whether the experiment has them is known once it has crossed its arms."""
+    found = _list(quick, "quick", "arms")
+    if not all(isinstance(name, str) for name in found):
+        raise error("quick.arms", found, "a list of names of arms")
+    return tuple(found)
 
 
 def class_named(code: str) -> type[Experiment]:

@@ -38,6 +38,7 @@ class Exits(Experiment):
         check_tokens: tokens in float64 for :func:`~open_mythos.reproduce.exits_decode.consistency`; 0: none.
     """
 
+    KEPT: ClassVar[tuple[str, ...]] = ("exits-*.json", "gate-*.pt")
     OPTIONS: ClassVar[dict[str, Any]] = {
         "full": 0,
         "slack": 0.005,

@@ -76,6 +76,10 @@ class _Job:
         if settings.overwrite and folder.is_dir():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if settings.remeasure:
+            for pattern in self.outcome.experiment.KEPT:
+                for path in folder.glob(pattern):
+                    path.unlink()
         job = {"run": self.run.to_dict(), "split": settings.split, "identity": self.identity}
         write_json(folder / "job.json", job)
         self.slot = slot

@@ -27,6 +27,7 @@ from open_mythos.reproduce.base import Experiment
 
 class Light(Experiment):
     CONFIGURED = False
+    KEPT = ("part-*.json",)
     OPTIONS = {"fail": [], "hang": False, "gain": 0.1, "slow": 0.0}
 
     def perform(self, run, split):
@@ -137,6 +138,17 @@ def test_runs_are_done_once_and_their_records_are_enough_to_go_on(place: Path) -
     )
     go(place, remeasure=True, arms=("less",), seeds=1)
     assert marks(place) == ["less 0 test"]
+
+
+def test_measuring_anew_begins_without_what_was_kept(place: Path) -> None:
+    go(place, seeds=1, arms=("ours",))
+    folder = place / "runs/light/ours-seed0"
+    for name in ("part-1.json", "model.json"):
+        (folder / name).touch()
+    go(place, seeds=1, arms=("ours",))
+    assert (folder / "part-1.json").exists()
+    go(place, seeds=1, arms=("ours",), remeasure=True)
+    assert [(folder / name).exists() for name in ("part-1.json", "model.json")] == [False, True]
 
 
 def test_arms_of_the_same_config_keep_their_records_apart(place: Path) -> None:
