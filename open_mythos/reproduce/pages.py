@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ _STATES = {
     "not met": "not met",
     "unfinished": "unfinished: runs that the claim needs are missing",
 }
+# More arms than these are told by their number: grids have dozens.
+_NAMED = 12
 _HEAD = """# Results
 
 What this project claims, and what came out. `mythos reproduce --pages` writes this page from the result files alone;
@@ -25,7 +28,8 @@ nothing here is written by hand. To repeat an experiment, or add one, see [repro
 on the way is in [experiments.md](experiments.md).
 
 Numbers are medians over seeds, with the lowest and the highest in brackets. A claim is met with all its seeds, on the
-test split, which is read once the training is over. What was not reached stays here.
+test split, which is read once the training is over. "Best" is the best of the loop counts that were measured, taken for
+each seed on that same split; the counts are in the result file. What was not reached stays here.
 """
 
 
@@ -184,8 +188,11 @@ def _cell(cell: Any, kind: str) -> str:
 
 
 def _arms(result: Record) -> str:
-    """How many seeds each arm has."""
-    counts = {len(arm["seeds"]) for arm in result["arms"]}
+    """How many seeds each arm has; many arms by their number."""
+    arms = result["arms"]
+    counts = Counter(len(arm["seeds"]) for arm in arms)
     if len(counts) == 1:
-        return f"Seeds: {counts.pop()} for each arm."
-    return "Seeds: " + ", ".join(f"{arm['title']} {len(arm['seeds'])}" for arm in result["arms"]) + "."
+        return f"Seeds: {len(arms[0]['seeds'])} for each arm."
+    if len(arms) > _NAMED:
+        return "Seeds: " + ", ".join(f"{seeds} for {many} arms" for seeds, many in counts.items()) + "."
+    return "Seeds: " + ", ".join(f"{arm['title']} {len(arm['seeds'])}" for arm in arms) + "."

@@ -98,6 +98,13 @@ def test_the_page_says_what_keeps_a_result_from_being_the_claims(tmp_path: Path)
         assert words in text, words
 
 
+def test_the_seeds_of_many_arms_are_told_by_their_number() -> None:
+    arms = [{"title": f"arm {i}", "seeds": list(range(3 if i < 14 else 0))} for i in range(30)]
+    assert pages._arms({"arms": arms}) == "Seeds: 3 for 14 arms, 0 for 16 arms."
+    assert pages._arms({"arms": arms[:14]}) == "Seeds: 3 for each arm."
+    assert pages._arms({"arms": arms[13:15]}) == "Seeds: arm 13 3, arm 14 0."
+
+
 def test_the_readme_picture_is_our_own_arm_on_parity(tmp_path: Path) -> None:
     made = result(tmp_path)
     out = tmp_path / "results"
