@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from open_mythos.config import ConfigError
-from open_mythos.training.checks import choice, error, known, number
+from open_mythos.training.checks import choice, error, known, number, whole
 
 __all__ = ["Record", "Target", "Verdict", "by_arm", "judge", "nearest", "shown", "spread", "state", "value"]
 
@@ -157,14 +157,36 @@ class Target:
                 number(name, bound, -math.inf)
         if not any(bound is not None for bound in bounds.values()):
             raise ConfigError("at_least and at_most are missing: one of them must be given")
+        if not isinstance(self.minus, Mapping):
+            raise error(
+                "minus", self.minus, 'a table of arm, level, loops or metric, such as { loops = "last" }'
+            )
         for name in self.minus:
             known(f"minus.{name}", name, _WHICH, "a target")
-        for loops in (self.loops, self.minus.get("loops", 1)):
-            if isinstance(loops, str):
-                choice("loops", loops, ("best", "last", TRAINED))
+        _check_which("", {name: getattr(self, name) for name in _WHICH})
+        _check_which("minus.", self.minus)
+        if not isinstance(self.label, str):
+            raise error("label", self.label, "a text")
+        choice("moonshot", self.moonshot, (True, False))
+        if self.percent is not None:
+            choice("percent", self.percent, (True, False))
 
 
 _WHICH = ("arm", "level", "loops", "metric")
+
+
+def _check_which(where: str, which: Mapping[str, Any]) -> None:
+    """Refuse before any training what could only fail after it."""
+    for name in ("arm", "metric"):
+        if which.get(name) is not None and not isinstance(which[name], str):
+            raise error(f"{where}{name}", which[name], "a text")
+    level, loops = which.get("level", TRAINED), which.get("loops", "best")
+    if level != TRAINED and not (isinstance(level, str) and level):
+        whole(f"{where}level", level, 1)
+    if isinstance(loops, str):
+        choice(f"{where}loops", loops, ("best", "last", TRAINED))
+    else:
+        whole(f"{where}loops", loops, 1)
 
 
 def read_target(table: Any, arms: Sequence[str]) -> Target:

@@ -61,6 +61,17 @@ def test_an_experiment_is_read_with_its_arms_in_order(tmp_path: Path) -> None:
         ("at_least = 0.1", "at_least = 0.1\narm = 'our'", "no such arm; did you mean 'ours'"),
         ("at_least = 0.1", "at_least = 0.1\nminus = {arms = 'ours'}", "minus.arms is not allowed"),
         ("at_least = 0.1", "at_least = 0.1\nover = 'mean'", "over = 'mean' is not allowed"),
+        ("at_least = 0.1", "at_least = 0.1\nminus = 5", "minus = 5 is not allowed: it must be a table"),
+        ("at_least = 0.1", "at_least = 0.1\narm = 5", "arm = 5 is not allowed: it must be a text"),
+        ("at_least = 0.1", "at_least = 0.1\nminus = {arm = 5}", "minus.arm = 5 is not allowed"),
+        ("at_least = 0.1", "at_least = 0.1\nloops = true", "loops = True is not allowed"),
+        ("level = 12", "level = [12]", "level = .12. is not allowed"),
+        ("at_least = 0.1", "at_least = 0.1\nmetric = 5", "metric = 5 is not allowed"),
+        ("at_least = 0.1", "at_least = 0.1\nlabel = 5", "label = 5 is not allowed"),
+        ("at_least = 0.1", "at_least = 0.1\nmoonshot = 'no'", "moonshot = 'no' is not allowed"),
+        ("at_least = 0.1", "at_least = 0.1\npercent = 'no'", "percent = 'no' is not allowed"),
+        ("[arms.ours]", "[quick]\narms = 'ours'\n[arms.ours]", "quick.arms = 'ours' is not allowed"),
+        ("[arms.ours]", "[quick]\narms = [5]\n[arms.ours]", "quick.arms = .5. is not allowed"),
         ("[arms.ours]", "[arms.ours]\nlr = 3", "'lr' is not allowed: it must be section.key"),
         ("[arms.ours]", "[arms.ours]\nseeds = 0", "arms.ours.seeds = 0"),
         ("[arms.ours]", "[arms.ours]\noptions = {a = 1}", "arms.ours.options.a is not allowed"),
@@ -76,6 +87,15 @@ def test_what_an_experiment_may_not_say(tmp_path: Path, old: str, new: str, word
     with pytest.raises(ConfigError, match=words) as caught:
         written(tmp_path, TOY.replace(old, new, 1))
     assert str(caught.value).startswith("toy.toml: ")
+
+
+def test_targets_are_a_list(tmp_path: Path) -> None:
+    start = TOY.index("[[experiment.targets]]")
+    rest = TOY[TOY.index("[", start + 2 + len("[experiment.targets]]")) :]
+    with pytest.raises(
+        ConfigError, match=r"toy.toml: experiment.targets = 5 is not allowed: it must be a list"
+    ):
+        written(tmp_path, TOY[:start] + "targets = 5\n" + rest)
 
 
 def test_experiments_are_found_in_a_checkout_and_in_a_wheel(
