@@ -84,8 +84,9 @@ def _difficulty(ax: Any, records: Sequence[Record]) -> None:
     for line in lines:
         ax.plot(places, line, color=COLOURS[0], alpha=0.35, linewidth=1)
     ax.plot(places, [median(values) for values in zip(*lines, strict=True)], color=COLOURS[0], marker="o")
-    best = records[0]["measured"]["best"]
-    ax.set_title(f"{best['title'].capitalize()}: loops by difficulty")
+    best = {record["measured"]["best"]["title"] for record in records}
+    name = best.pop().capitalize() if len(best) == 1 else "Best rule of each seed"
+    ax.set_title(f"{name}: loops by difficulty")
     ax.set_xlabel("tenth of the tokens, from the easiest to the hardest at full depth")
     ax.set_ylabel("mean loops spent")
     ax.xaxis.set_major_locator(ticker.FixedLocator(list(places)))

@@ -66,8 +66,9 @@ def quality(records: Sequence[Record], titles: Mapping[str, str], title: str) ->
             for i, arm in enumerate(arms)
         ]
         figure.legend(handles=marks, loc="outside lower center", ncols=min(len(arms), 4))
-    seeds = max(len(some) for some in arms.values())
-    spread = f", median and range of {seeds} seeds" if seeds > 1 else ""
+    counts = sorted({len(some) for some in arms.values()})
+    seeds = " or ".join(map(str, counts))
+    spread = f", median and range of {seeds} seeds" if counts[-1] > 1 else ""
     figure.suptitle(f"{title}{spread}", x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 

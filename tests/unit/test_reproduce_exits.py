@@ -225,6 +225,10 @@ def records_of(rules: list[dict[str, Any]], best: dict[str, Any]) -> list[dict[s
     return [{"arm": "ours", "seed": seed, "measured": measured} for seed in range(3)]
 
 
+def titles(figure: Any) -> list[str]:
+    return [ax.get_title(loc) for ax in figure.get_axes() for loc in ("left", "center")]
+
+
 def test_the_best_rule_heeds_the_token_keeps_the_bits_and_costs_least() -> None:
     experiment: Any = named("exits-small")
     rules = [
@@ -241,7 +245,9 @@ def test_the_best_rule_heeds_the_token_keeps_the_bits_and_costs_least() -> None:
     assert [row["title"] for row in table["rows"]] == ["by fixed", "by kl", "by state", "by top"]
     assert table["rows"][2]["cells"][3]["median"] == pytest.approx(0.004)
     assert table["rows"][0]["cells"][4] is None
-    assert experiment.draw(records).get_axes()
+    assert "By state: loops by difficulty" in titles(experiment.draw(records))
+    other = records_of(rules, {**best, "name": "kl", "title": "by kl"})[:1]
+    assert "Best rule of each seed: loops by difficulty" in titles(experiment.draw([*records, *other]))
     worse = {**best, "spearman": 0.0}
     assert not experiment.judge(records_of(rules, worse)).passed
 

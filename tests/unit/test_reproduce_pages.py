@@ -13,6 +13,7 @@ from open_mythos import cli
 from open_mythos.config import ConfigError
 from open_mythos.reproduce import base, pages, results
 from open_mythos.reproduce.command import _folders
+from open_mythos.reproduce.figures import quality
 from open_mythos.reproduce.plan import Settings, all_runs
 from open_mythos.reproduce.runs import write_json
 
@@ -96,6 +97,15 @@ def test_the_page_says_what_keeps_a_result_from_being_the_claims(tmp_path: Path)
         "](x/toy-validation.png)",
     ):
         assert words in text, words
+
+
+def test_the_figure_tells_how_many_seeds_its_arms_have() -> None:
+    def title(records: list[dict[str, Any]]) -> str:
+        return quality(records, {"ours": "a", "once": "b", "few": "c"}, "Toy").get_suptitle()
+
+    assert title(RECORDS) == "Toy, median and range of 1 or 2 seeds"
+    assert title(RECORDS[:2]) == "Toy, median and range of 2 seeds"
+    assert title(RECORDS[-1:]) == "Toy"
 
 
 def test_the_seeds_of_many_arms_are_told_by_their_number() -> None:
