@@ -55,8 +55,11 @@ class Settings:
                 whole(name, getattr(self, name), 1)
         if self.device is not None:
             choice("device", self.device, ("cpu", "cuda"))
-        if self.time_limit is not None and self.time_limit <= 0:
+        if self.time_limit is not None and not self.time_limit > 0:  # not a number is not above 0 either
             raise error("time_limit", self.time_limit, "a number of seconds above 0")
+        for section, key, value in self.changes:
+            if (section, key) == ("train", "seed"):
+                raise error("train.seed", value, "left to --seeds, which trains with 0, 1, … in turn")
 
 
 def all_runs(experiment: Experiment, settings: Settings) -> list[Run]:
@@ -140,8 +143,12 @@ def _sections(
     sections = RunConfig.from_dict(sections).to_dict()
     if settings.quick:
         sections = overridden(overridden(sections, _toy(sections)), experiment.quick)
-    sections = _placed(overridden(sections, settings.changes), seed, settings)
-    return RunConfig.from_dict(sections).to_dict()
+    config = RunConfig.from_dict(_placed(overridden(sections, settings.changes), seed, settings))
+    if config.data.is_task:
+        from open_mythos.training.sources import checked_task
+
+        checked_task(config)
+    return config.to_dict()
 
 
 def _as_changes(name: str, table: Any) -> list[Change]:

@@ -14,7 +14,7 @@ from open_mythos.training.config import RunConfig
 from open_mythos.training.prepare import Prepared, Tell, prepare
 from open_mythos.training.shards import Blocks
 
-__all__ = ["evaluation_batches", "train_stream"]
+__all__ = ["checked_task", "evaluation_batches", "train_stream"]
 
 
 def train_stream(
@@ -39,17 +39,27 @@ def train_stream(
         allowed = f"a multiple of the number of processes, {size}"
         raise ConfigError(f"train.batch_size = {batch} is not allowed: it must be {allowed}")
     if config.data.is_task:
-        task, known = config.data.task(), config.model.vocab_size
-        if known < task.vocab_size:
-            allowed = f"at least {task.vocab_size} for the task"
-            raise ConfigError(f"model.vocab_size = {known} is not allowed: it must be {allowed}")
-        _check_lengths(config, task)
+        task = checked_task(config)
         return TaskStream(task, batch, seed=seed, rank=rank, size=size), {"task": repr(task)}
     prepared = prepare(config.data, tell)
     blocks = _blocks(config, prepared, "train")
     ahead = {key: config.data.options[key] for key in ("apart", "prefetch", "workers")}
     stream = PackedDataset(blocks, batch, seed=seed, rank=rank, size=size, **ahead)
     return stream, {**prepared.report(), "train": blocks.report()}
+
+
+def checked_task(config: RunConfig) -> Task:
+    """The task of a config whose source is one.
+
+    Raises:
+        ConfigError: its options are not right, or it or a difficulty does not fit the model.
+    """
+    task, known = config.data.task(), config.model.vocab_size
+    if known < task.vocab_size:
+        allowed = f"at least {task.vocab_size} for the task"
+        raise ConfigError(f"model.vocab_size = {known} is not allowed: it must be {allowed}")
+    _check_lengths(config, task)
+    return task
 
 
 def evaluation_batches(
