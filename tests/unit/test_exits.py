@@ -121,6 +121,17 @@ def test_one_pass_chunks_and_single_tokens_give_the_same(attn_type: str, name: s
         assert len(whole.loops.unique()) > 1, "the rule must tell tokens apart here, or this test is empty"
 
 
+@pytest.mark.parametrize("attn_type", ["mla", "gqa"])
+def test_the_paths_agree_where_attention_is_local(attn_type: str) -> None:
+    model, ids = small(attn_type, previous_heads=1, alibi=0.7), text()
+    for rule in (RULES["state"], RULES["top"]):
+        whole = exits.forward(model, ids, rule)
+        assert len(whole.loops.unique()) > 1, "the rule must tell tokens apart here, or this test is empty"
+        near(exits.forward(model, ids, rule, dense=True), whole)
+        near(in_chunks(model, ids, rule, [5, 1, 8, 3]), whole)
+        near(in_chunks(model, ids, rule, [1] * 17), whole)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
 def test_the_paths_agree_on_a_gpu(attn_type: str) -> None:
