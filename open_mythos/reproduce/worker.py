@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import sys
 import threading
 import time
@@ -52,6 +53,7 @@ def work(path: Path) -> None:
         "wall_seconds": round(time.perf_counter() - began, 3),
         "device": _device(run),
         "torch": metadata.version("torch"),
+        "python": platform.python_version(),  # whose own text some experiments train on
         "open_mythos": __version__,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

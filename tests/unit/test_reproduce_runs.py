@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import signal
 import subprocess
 import sys
@@ -124,6 +125,7 @@ def test_runs_are_done_once_and_their_records_are_enough_to_go_on(place: Path) -
         ("less", 1),
     ]
     assert result["runs"][1]["measured"]["curves"]["trained"] == [0.5, 0.71, None]
+    assert {r["python"] for r in result["runs"]} == {platform.python_version()}
     assert result["verdict"]["state"] == "met"
     assert result["verdict"]["figures"][0]["shown"] == "70.5 % (70 % to 71 %)"
     assert (result["command"], result["devices"]) == ("mythos reproduce light", ["CPU"])
