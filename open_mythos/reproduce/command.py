@@ -146,13 +146,13 @@ def _list(experiments: list[Experiment], results: Path) -> None:
     from rich.table import Table
 
     from open_mythos.reproduce.pages import headline
-    from open_mythos.reproduce.runs import read_json
+    from open_mythos.reproduce.results import read_result
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("name", "claim", "wanted", "verdict", "measured"):
         table.add_column(column, overflow="fold")
     for experiment in sorted(experiments, key=lambda one: (one.order, one.name)):
-        result: dict[str, Any] | None = read_json(results / f"{experiment.name}.json")
+        result: dict[str, Any] | None = read_result(results / f"{experiment.name}.json")
         stands = ("not run", "") if result is None else (result["verdict"]["state"], headline(result))
         table.add_row(experiment.name, experiment.claim, experiment.target, *stands)
     console = Console()

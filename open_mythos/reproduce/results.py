@@ -17,7 +17,7 @@ from open_mythos.reproduce.plan import Settings
 from open_mythos.reproduce.runs import Run, read_json
 from open_mythos.reproduce.targets import Record, Verdict, state
 
-__all__ = ["build", "command", "path_of", "previous", "read_all", "restored"]
+__all__ = ["build", "command", "path_of", "previous", "read_all", "read_result", "restored"]
 
 
 def path_of(name: str, settings: Settings) -> Path:
@@ -38,6 +38,7 @@ def previous(name: str, settings: Settings) -> list[Record]:
         return []
     if not isinstance(found.get("runs"), list):
         raise ConfigError(f"{path} is damaged: it holds no runs")
+    _check_records(path, found["runs"])
     if settings.quick and not found.get("quick"):
         raise ConfigError(f"{path} holds a real result, which --quick never replaces: name another --out")
     return found["runs"]
@@ -138,19 +139,51 @@ def _verdict(verdict: Verdict, complete: bool) -> Record:
     }
 
 
+_HOLDS: dict[str, type] = {
+    **dict.fromkeys(("name", "title", "claim", "target", "notes", "code", "command", "split", "date"), str),
+    **dict.fromkeys(("changes", "devices", "torch", "arms", "failed", "runs"), list),
+    **dict.fromkeys(("order", "seeds", "runs_wanted"), int),
+    **dict.fromkeys(("options", "verdict", "summary"), dict),
+    "quick": bool,
+}
+
+
+def read_result(path: Path) -> Record | None:
+    """The result in a file; None if there is no such file.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    result = read_json(path)
+    if result is None:
+        return None
+    lacks = [key for key, kind in _HOLDS.items() if not isinstance(result.get(key), kind)]
+    for part, keys in (
+        ("verdict", ("state", "sentence", "figures")),
+        ("summary", ("columns", "format", "rows")),
+    ):
+        lacks += [f"{part}.{key}" for key in keys if not lacks and key not in result[part]]
+    if lacks:
+        raise ConfigError(
+            f"{path} is damaged: it is no result of mythos reproduce, since {lacks[0]} is not right"
+        )
+    _check_records(path, result["runs"])
+    return result
+
+
+def _check_records(path: Path, runs: Sequence[Any]) -> None:
+    if not all(isinstance(run, dict) and isinstance(run.get("measured"), dict) for run in runs):
+        raise ConfigError(f"{path} is damaged: a run in it is no record")
+
+
 def read_all(folder: Path) -> list[Record]:
     """All results of a folder, by file name.
 
     Raises:
         ConfigError: one is damaged.
     """
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        result = read_json(path)
-        if result is None or "verdict" not in result or "runs" not in result:
-            raise ConfigError(f"{path} is damaged: it is no result of mythos reproduce")
-        found.append({**result, "file": path.stem})
-    return found
+    read = [(path, read_result(path)) for path in sorted(folder.glob("*.json"))]
+    return [{**result, "file": path.stem} for path, result in read if result is not None]
 
 
 def restored(result: Record) -> Experiment:

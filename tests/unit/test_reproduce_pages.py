@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from open_mythos import cli
 from open_mythos.config import ConfigError
 from open_mythos.reproduce import base, pages, results
-from open_mythos.reproduce.command import _folders
+from open_mythos.reproduce.command import _folders, _list
 from open_mythos.reproduce.figures import quality
 from open_mythos.reproduce.plan import Settings, all_runs
 from open_mythos.reproduce.runs import write_json
@@ -206,6 +207,20 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
         (tmp_path / "x.json").write_text(text, encoding="utf-8")
         with pytest.raises(ConfigError, match="is damaged"):
             pages.write_pages(tmp_path)
+    made = result(tmp_path)
+    path = tmp_path / "results" / "toy.json"
+    for key in ("arms", "order", "verdict", "summary"):
+        path.write_text(json.dumps({**made, key: None}), encoding="utf-8")
+        with pytest.raises(ConfigError, match=f"toy.json is damaged: .* since {key} is not right"):
+            pages.write_pages(tmp_path / "results")
+    path.write_text(json.dumps({**made, "verdict": {}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"since verdict\.state is not right"):
+        _list([replace(base.load(TOY), path=Path("toy.toml"))], tmp_path / "results")
+    path.write_text(json.dumps({**made, "runs": [{"arm": "ours"}]}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"toy\.json is damaged: a run in it is no record"):
+        results.previous("toy", Settings(runs=tmp_path, out=tmp_path / "results"))
+    with pytest.raises(ConfigError, match="a run in it is no record"):
+        pages.write_pages(tmp_path / "results")
 
 
 # What the repository holds.
