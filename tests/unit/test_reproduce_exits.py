@@ -283,10 +283,11 @@ def test_halting_is_measured_judged_and_drawn() -> None:
     measured = experiment.measure(Run(config, {"loops": {"max": 12}}, {"level": 0}), model, "validation")
     assert sum(measured["histogram"]) == 8 * 6
     assert measured["lost"] == pytest.approx(measured["last"] - measured["halting"])
-    fine = {**measured, "mean_exit": 6.0, "alive": 1.0, "lost": 0.0}
+    fine = {**measured, "mean_exit": 6.0, "alive": 1.0, "lost": 0.0, "last": 0.97}
     dead = {**fine, "mean_exit": 12.0, "alive": 0.0}
     records = [{"arm": "ours", "seed": i, "measured": fine} for i in range(20)]
     assert experiment.judge(records).passed
-    assert not experiment.judge([*records[1:], {"arm": "ours", "seed": 0, "measured": dead}]).passed
+    for bad in (dead, {**fine, "lost": 0.006}, {**fine, "last": 0.5}):
+        assert not experiment.judge([*records[1:], {"arm": "ours", "seed": 0, "measured": bad}]).passed
     assert experiment.summary(records)["rows"][0]["cells"][0]["median"] == 6.0
     assert experiment.draw(records).get_axes()
