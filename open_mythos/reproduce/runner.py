@@ -121,6 +121,8 @@ def reproduce(experiments: Sequence[Experiment], settings: Settings, tell: Tell)
     Raises:
         ConfigError: a config is not right, or a run directory holds another run. Nothing has been done then.
     """
+    _check_writable("out", settings.out)
+    _check_writable("runs", settings.runs)
     outcomes = [Outcome(experiment, all_runs(experiment, settings)) for experiment in experiments]
     jobs = [job for outcome in outcomes for job in _missing(outcome, settings)]
     for outcome in outcomes:
@@ -178,10 +180,20 @@ def _measured(run: Run, identity: str, split: str) -> Record | None:
     return record if record is not None and record.get("identity") == identity else None
 
 
+def _check_writable(name: str, folder: Path) -> None:
+    """Refuse now a folder that could not take what hours of work have made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name} = {str(folder)!r} is not allowed: it must be a folder that can be written")
+
+
 def _check_folders(run: Run, settings: Settings) -> None:
     """Refuse a run directory, or that of the run it takes its model from, which holds another run."""
     if run.origin is not None:
         _check_folders(run.origin, settings)
+    job = read_json(run.folder / "job.json") if run.quick else None
+    if job is not None and not job.get("run", {}).get("quick"):
+        raise ConfigError(f"{run.folder} holds a real run, which --quick never replaces: name another --runs")
     saved = read_json(run.folder / "run.json")
     if saved is None or (settings.overwrite and run.origin is None):
         return

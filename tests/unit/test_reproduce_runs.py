@@ -77,7 +77,7 @@ def written(folder: Path, text: str = TOY, name: str = "toy") -> base.Experiment
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
-    return Settings(runs=folder / "runs", out=folder / "results", **changes)
+    return Settings(**{"runs": folder / "runs", "out": folder / "results", **changes})
 
 
 @pytest.fixture
@@ -212,6 +212,22 @@ def test_nothing_is_started_when_the_time_is_over(place: Path) -> None:
     outcome, told = go(place, time_limit=1e-9)
     assert (marks(place), outcome.result) == ([], None)
     assert told == ["time is over: 4 runs not started; the same command goes on"]
+
+
+def test_a_toy_never_replaces_a_run(place: Path) -> None:
+    go(place)
+    with pytest.raises(ConfigError, match="ours-seed0 holds a real run, which --quick never replaces"):
+        go(place, quick=True, overwrite=True, out=place / "elsewhere")
+    assert (place / "runs/light/ours-seed0/measured-test.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["out", "runs"])
+def test_a_folder_that_takes_nothing_is_refused_before_any_work(place: Path, name: str) -> None:
+    (place / "file").touch()
+    for folder in (place / "file", place / "file" / "inside"):
+        with pytest.raises(ConfigError, match=f"{name} = .* must be a folder that can be written"):
+            go(place, **{name: folder})
+    assert marks(place) == []
 
 
 def test_a_toy_never_replaces_a_result(place: Path) -> None:
