@@ -120,6 +120,11 @@ def prepare(data: DataConfig, tell: Tell | None = None) -> Prepared:
         prepared = Prepared(folder, _fitting(folder, data, tokenizer))
     else:
         source = open_source(data)
+        if source.dealt and (most := data.options["max_tokens"]):
+            raise ConfigError(
+                f"data.max_tokens = {most!r} is not allowed with files named by their splits, of which the first "
+                "would take it all: it must be 0"
+            )
         cache = cache_folder(data)
         folder = cache / _key(data, source, tokenizer)
         cache.mkdir(parents=True, exist_ok=True)

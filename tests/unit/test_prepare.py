@@ -247,6 +247,16 @@ def test_max_tokens_stops_after_whole_documents_in_order(tmp_path: Path):
     assert Counter(bytes(d).decode() for d in all_documents(prepared)) == Counter(rows[:101])
 
 
+def test_max_tokens_is_refused_where_one_split_would_take_it_all(tmp_path: Path):
+    for split in ("train", "validation", "test"):
+        jsonl(tmp_path / f"{split}.jsonl", [f"{split} {i}" for i in range(30)])
+    with pytest.raises(
+        ConfigError, match=r"^data\.max_tokens = 50 is not allowed with files named by their splits"
+    ):
+        make(tmp_path, max_tokens=50)
+    assert make(tmp_path).index["documents"] == 90
+
+
 def test_documents_that_max_tokens_leaves_out_are_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
