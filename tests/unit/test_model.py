@@ -134,7 +134,7 @@ def test_state_dict_round_trip(attn_type: str, changes: dict[str, Any]) -> None:
 
 def test_positions_are_not_in_the_state_dict_and_a_million_cost_nothing() -> None:
     start = time.perf_counter()
-    model = OpenMythos(config(max_seq_len=1_000_000))
+    model = OpenMythos(config(max_seq_len=1_000_000, rope_theta=config().rope_theta))
     assert time.perf_counter() - start < 2
     small = build()
     shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
