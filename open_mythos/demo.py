@@ -7,7 +7,6 @@ cores. Progress is read from the run directories.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from open_mythos.config import ConfigError
 from open_mythos.training.config import load_config
+from open_mythos.training.metricsfile import last_record
 
 __all__ = ["DemoError", "run"]
 
@@ -74,7 +74,7 @@ class _Job:
 
     def note(self) -> tuple[int, str]:
         """Steps done, and what is going on."""
-        row = _last_record(self.out / "metrics.jsonl")
+        row = last_record(self.out / "metrics.jsonl")
         step = int(row.get("step", 0))
         if (self.out / "eval.json").exists():
             return step, "done"
@@ -173,23 +173,6 @@ def _watch(jobs: list[_Job], console: Console) -> None:
             if not any(running):
                 return
             time.sleep(_POLL_S)
-
-
-def _last_record(path: Path) -> dict[str, float]:
-    """The newest whole record of a metrics file, or nothing."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
-        try:
-            record: dict[str, float] = json.loads(line)
-            return record
-        except json.JSONDecodeError:
-            continue
-    return {}
 
 
 def _last_line(path: Path) -> str:

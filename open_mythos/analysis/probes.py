@@ -17,8 +17,9 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.model import EveryLoop, KVCache, LastLoop, MoEFFN, OpenMythos
+from open_mythos.model.inputs import check_ids, check_loops
 from open_mythos.model.recurrence import HaltingWeights
-from open_mythos.model.transformer import _check_ids, _check_loops, evaluating
+from open_mythos.model.transformer import evaluating
 from open_mythos.weights.pretrained import assemble, skeleton
 
 __all__ = ["Trace", "kv_footprint", "latent_path", "trace"]
@@ -150,8 +151,8 @@ def trace(
         ValueError: an argument does not fit the model.
     """
     n_loops = model.cfg.max_loop_iters if n_loops is None else n_loops
-    _check_loops(n_loops)
-    _check_ids(ids, model.cfg.vocab_size)
+    check_loops(n_loops)
+    check_ids(ids, model.cfg.vocab_size)
     ids = ids.to(model.embed.weight.device)
     mask = None if attention_mask is None else attention_mask.to(ids.device) != 0
     with evaluating(model), _ExpertLoads(model, mask) as loads:

@@ -35,7 +35,8 @@ from open_mythos.inference.exit_rules import (
 from open_mythos.model import KVCache, LastLoop, OpenMythos
 from open_mythos.model.attention import SequenceContext
 from open_mythos.model.cache import CacheError
-from open_mythos.model.transformer import _check_ids, _check_loops, evaluating
+from open_mythos.model.inputs import check_ids, check_loops
+from open_mythos.model.transformer import evaluating
 
 __all__ = [
     "ACT",
@@ -105,8 +106,8 @@ def forward(
     Raises:
         ValueError: an argument does not fit the model, the ids or the cache.
     """
-    n_loops = _check_loops(model.cfg.max_loop_iters if n_loops is None else n_loops)
-    _check_ids(input_ids, model.cfg.vocab_size)
+    n_loops = check_loops(model.cfg.max_loop_iters if n_loops is None else n_loops)
+    check_ids(input_ids, model.cfg.vocab_size)
     check_rule(rule, model)
     if cache is not None and not isinstance(cache, ExitCache):
         raise CacheError(f"cache must be an ExitCache or None, got {type(cache).__name__}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.model.attention import GQAttention, MLAttention, SequenceContext, distance_penalty
 from open_mythos.model.cache import CacheError, Entry, KVCache
+from open_mythos.model.inputs import check_ids, check_loops, segments, visibility
 from open_mythos.model.layers import Expert, RMSNorm, rope_table
 from open_mythos.model.moe import MoEFFN
 from open_mythos.model.recurrence import (
@@ -290,8 +290,8 @@ class OpenMythos(nn.Module):
         Raises:
             ValueError: an argument does not fit the model, the ids or the cache.
         """
-        n_loops = _check_loops(self.cfg.max_loop_iters if n_loops is None else n_loops)
-        _check_ids(input_ids, self.cfg.vocab_size)
+        n_loops = check_loops(self.cfg.max_loop_iters if n_loops is None else n_loops)
+        check_ids(input_ids, self.cfg.vocab_size)
         if not isinstance(kv_cache, (KVCache, dict, type(None))):
             raise CacheError(f"kv_cache must be a KVCache, a dict or None, got {type(kv_cache).__name__}")
         cache = KVCache.wrap(kv_cache) if isinstance(kv_cache, dict) else kv_cache
@@ -356,9 +356,9 @@ class OpenMythos(nn.Module):
                 f"{past} cached and {new} new tokens exceed max_seq_len = {self.cfg.max_seq_len}; "
                 "use a shorter sequence or a config with a larger max_seq_len"
             )
-        segments = _segments(tokens, attention_mask, document_ids, cache)
-        mask = _visibility(segments, past, new, tokens.device)
-        if segments is None or mask is None:
+        marks = segments(tokens, attention_mask, document_ids, cache)
+        mask = visibility(marks, past, new, tokens.device)
+        if marks is None or mask is None:
             positions = torch.arange(past, past + new, device=tokens.device).unsqueeze(0)
         else:
             positions = mask.sum(-1).squeeze(1) - 1
@@ -369,7 +369,7 @@ class OpenMythos(nn.Module):
         if cfg.alibi or cfg.previous_heads:
             slopes = cfg.alibi * 0.5 ** torch.arange(cfg.n_heads - cfg.previous_heads, device=tokens.device)
             penalty = distance_penalty(mask, past, new, slopes, cfg.previous_heads)
-        return SequenceContext(rope, mask, cache, segments, document_ids is not None, penalty)
+        return SequenceContext(rope, mask, cache, marks, document_ids is not None, penalty)
 
     def _in_one_kernel(self, ids: Tensor, ctx: SequenceContext, n_loops: int) -> Tensor | None:
         """Logits of a few tokens after cached ones, where the CPU kernel serves; else None."""
@@ -506,67 +506,6 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _check_loops(n_loops: object) -> int:
-    """The count as an int; NumPy's whole numbers, from an arange in a notebook, are as good as ours."""
-    if isinstance(n_loops, bool) or not isinstance(n_loops, Integral) or n_loops < 1:
-        raise ValueError(
-            f"n_loops = {n_loops!r} is not allowed: it must be a whole number of at least 1, or None"
-        )
-    return int(n_loops)
-
-
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Shape, dtype and, where reading them costs no device synchronisation, values."""
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"input_ids must be an int64 or int32 tensor of shape (B, S), got {got}")
-    if ids.numel() == 0:
-        raise ValueError(
-            f"input_ids has shape {tuple(ids.shape)}: it must hold at least one token in each row"
-        )
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in torch.aminmax(ids))
-        if low < 0 or high >= vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"input_ids contains {bad}: it must be 0 to vocab_size - 1 ({vocab_size - 1})")
-
-
-def _segments(
-    tokens: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: KVCache | None
-) -> Tensor | None:
-    """Document of each cached and new column, -1 for padding: (B, C), or None when all are one document."""
-    shape = tokens.shape[:2]
-    for name, marks in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-        if marks is not None and (not isinstance(marks, Tensor) or marks.shape != shape):
-            got = tuple(marks.shape) if isinstance(marks, Tensor) else type(marks).__name__
-            raise ValueError(f"{name} must have the shape of input_ids, {tuple(shape)}, got {got}")
-    if document_ids is not None and (document_ids.is_floating_point() or document_ids.dtype == torch.bool):
-        raise ValueError(f"document_ids must be whole numbers, got {document_ids.dtype}")
-    if document_ids is not None and document_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        lowest = int(document_ids.min())
-        if lowest < 0:
-            raise ValueError(
-                f"document_ids contains {lowest}: it must be at least 0; mark padding in attention_mask"
-            )
-    before = None if cache is None else cache.segments
-    if cache is not None and cache.packed and document_ids is None:
-        raise CacheError(
-            "the cache holds packed documents: pass document_ids, which say what the new tokens continue"
-        )
-    if attention_mask is None and document_ids is None and before is None:
-        return None
-    marks = torch.zeros(shape, dtype=torch.int64, device=tokens.device)
-    if document_ids is not None:
-        marks = document_ids.to(tokens.device, torch.int64)
-    if attention_mask is not None:
-        marks = marks.masked_fill(attention_mask.to(tokens.device) == 0, -1)
-    if cache is not None and cache.length:
-        if before is None:
-            before = torch.zeros((shape[0], cache.length), dtype=torch.int64, device=tokens.device)
-        marks = torch.cat((before, marks), 1)
-    return marks
-
-
 def _begun(t: int | Tensor, value: Tensor) -> Tensor:
     """(B, S), with zeros for sequences that have not begun."""
     if isinstance(t, Tensor) and t.dim():
@@ -577,17 +516,3 @@ def _begun(t: int | Tensor, value: Tensor) -> Tensor:
 def _slot(ctx: SequenceContext, name: str) -> str:
     """Nothing where nothing is cached, so that a compiler sees equal layers as one."""
     return name if ctx.cache is not None else ""
-
-
-def _visibility(segments: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
-    """Who sees whom, (B or 1, 1, S, C) bool; None when it is plain causality or all keys.
-
-    Padding is a document of its own, so that its rows have something to look at and nobody looks at it.
-    """
-    if segments is None and (past == 0 or new == 1):
-        return None
-    columns = torch.arange(past + new, device=device)
-    mask = (columns <= columns[past:, None]).view(1, 1, new, past + new)
-    if segments is not None:
-        mask = mask & (segments[:, None, past:, None] == segments[:, None, None, :])
-    return mask

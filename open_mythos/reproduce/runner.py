@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from open_mythos.reproduce.base import Experiment
 from open_mythos.reproduce.plan import Settings, all_runs, is_asked
 from open_mythos.reproduce.runs import Run, difference, read_json, write_json
 from open_mythos.reproduce.targets import Record
+from open_mythos.training.metricsfile import last_record
 
 __all__ = ["Outcome", "reproduce"]
 
@@ -92,7 +92,7 @@ class _Job:
 
     def note(self) -> str:
         """How far it is, if its trainer says."""
-        row = last_row(self.run.home / "metrics.jsonl")
+        row = last_record(self.run.home / "metrics.jsonl")
         steps = self.run.sections.get("train", {}).get("steps")
         return f"{self.run}: step {row['step']} of {steps}" if row else f"{self.run}: running"
 
@@ -320,21 +320,3 @@ def last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
     words = lines[-1] if lines else "no message"
     return words.replace(str(Path.cwd()) + os.sep, "")
-
-
-def last_row(path: Path) -> Record:
-    """The newest whole record of a metrics file; empty if there is none yet."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            return row
-    return {}

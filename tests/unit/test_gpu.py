@@ -158,7 +158,7 @@ def test_training_forward_and_backward_never_wait_for_the_device(
     if kind == "packed":
         marks["document_ids"] = torch.zeros_like(ids)
     if device == "cpu":
-        monkeypatch.setattr("open_mythos.model.transformer._check_ids", lambda *_: None)
+        monkeypatch.setattr("open_mythos.model.transformer.check_ids", lambda *_: None)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for step in range(3):  # the first may set libraries up
         with no_synchronisation(device) if step else nullcontext():
