@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
-from open_mythos.model.layers import Expert
-from open_mythos.ops import (
+from open_mythos.expert_ops import (
     combine,
     dispatch,
     expert_mlps,
@@ -22,6 +21,7 @@ from open_mythos.ops import (
     sorted_weights,
     top_k,
 )
+from open_mythos.model.layers import Expert
 
 __all__ = ["MoEFFN"]
 

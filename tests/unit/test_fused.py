@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos import MythosConfig, OpenMythos, fused, kernels, ops
+from open_mythos import MythosConfig, OpenMythos, expert_ops, fused, kernels, ops
 from open_mythos.model.layers import rope_table
 
 pytestmark = pytest.mark.skipif("are off" in kernels.status(), reason="no CPU kernels here")
@@ -105,9 +105,9 @@ def _moved(k: int) -> Any:
     experts = torch.rand(11, 5).topk(k).indices
 
     def move(x: Tensor) -> Tensor:
-        order, inverse, _ = ops.expert_offsets(experts, 5)
-        rows = ops.dispatch(x, order, inverse, k)
-        return ops.combine(rows * torch.arange(1, 1 + len(rows)).unsqueeze(1), order, inverse, k)
+        order, inverse, _ = expert_ops.expert_offsets(experts, 5)
+        rows = expert_ops.dispatch(x, order, inverse, k)
+        return expert_ops.combine(rows * torch.arange(1, 1 + len(rows)).unsqueeze(1), order, inverse, k)
 
     return move, move, (torch.randn(11, 19),)
 
@@ -299,13 +299,13 @@ def test_compiling_sees_operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def many_uses(weight: Tensor, x: Tensor, counts: Tensor, times: int = 3) -> Tensor:
     for _ in range(times):
-        x = x + ops.grouped_linear(x, weight, counts).tanh()
+        x = x + expert_ops.grouped_linear(x, weight, counts).tanh()
     return x
 
 
 def uses_by_the_reference(weight: Tensor, x: Tensor, counts: Tensor, times: int = 3) -> Tensor:
     for _ in range(times):
-        x = x + ops.grouped_linear_reference(x, weight, counts).tanh()
+        x = x + expert_ops.grouped_linear_reference(x, weight, counts).tanh()
     return x
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_mythos import KVCache, MythosConfig, OpenMythos, ops
+from open_mythos import KVCache, MythosConfig, OpenMythos, expert_ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ATTENTION = ("gqa", "mla")
@@ -214,8 +214,8 @@ def test_grouped_linear_in_bfloat16_equals_its_reference(device: str, counts: li
     grad = torch.randn(96, 32, generator=generator)
     results = []
     for where, dtype, function in (
-        (device, torch.bfloat16, ops.grouped_linear),
-        ("cpu", torch.float64, ops.grouped_linear_reference),
+        (device, torch.bfloat16, expert_ops.grouped_linear),
+        ("cpu", torch.float64, expert_ops.grouped_linear_reference),
     ):
         leaves = [t.bfloat16().to(where, dtype).requires_grad_() for t in (x, weight)]
         out = function(*leaves, torch.tensor(counts, device=where))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_mythos import MythosConfig, OpenMythos, ops
+from open_mythos import MythosConfig, OpenMythos, expert_ops
 from open_mythos.kernels_gpu import gate_backward, gate_backward_reference
 from open_mythos.training.acceleration import accelerate
 from open_mythos.training.gradients import Gradients
@@ -138,6 +138,6 @@ def test_the_gates_backward_in_one_pass(width: int, dtype: torch.dtype) -> None:
 def test_the_compiled_choice_of_experts_is_top_k() -> None:
     torch._dynamo.reset()
     scores = torch.randn(1000, 24, device="cuda")
-    compiled = torch.compile(ops.top_k, fullgraph=True)
+    compiled = torch.compile(expert_ops.top_k, fullgraph=True)
     for k in (1, 4, 16):
         assert torch.equal(compiled(scores, k), scores.topk(k, -1).indices)

@@ -1,4 +1,4 @@
-"""Fast paths of ops.py against their references, those against plain loops: outputs and gradients."""
+"""Fast paths of ops.py and expert_ops.py against their references, those against plain loops: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_mythos import ops
+from open_mythos import expert_ops, ops
 from open_mythos.kernels_gpu import gate_backward
 
 F64 = torch.float64
@@ -137,7 +137,7 @@ def test_grouped_linear_equals_a_loop_over_rows(
     tensor = torch.tensor(counts)
     exact = with_gradients(lambda *a: naive_grouped(*a, counts), x.double(), weight.double())
     atol = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}[dtype]
-    for function in (ops.grouped_linear, ops.grouped_linear_reference):
+    for function in (expert_ops.grouped_linear, expert_ops.grouped_linear_reference):
         got = with_gradients(lambda *a, f=function: f(*a, tensor), x, weight)
         assert {t.dtype for t in got} == {dtype}
         for mine, theirs in zip(got, exact, strict=True):
@@ -150,9 +150,9 @@ def test_which_shapes_the_grouped_product_serves() -> None:
     for cases, expected in ((SERVED, True), (NOT_SERVED, False)):
         for dtype, width, hidden in cases:
             x, weight = torch.empty(3, width, dtype=dtype), torch.empty(2, width, hidden, dtype=dtype)
-            assert ops._grouped_mm_serves(x, weight) is expected, (dtype, width, hidden)
+            assert expert_ops._grouped_mm_serves(x, weight) is expected, (dtype, width, hidden)
     mixed = torch.empty(3, 16, dtype=torch.bfloat16), torch.empty(2, 16, 8)
-    assert not ops._grouped_mm_serves(*mixed)
+    assert not expert_ops._grouped_mm_serves(*mixed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -162,7 +162,7 @@ def test_grouped_linear_takes_odd_strides(dtype: torch.dtype) -> None:
     wide = torch.randn(6, 32).to(dtype)[:, ::2].requires_grad_()
     weight = torch.randn(2, 16, 8).to(dtype).requires_grad_()
     for rows in (x.t(), wide):
-        out = ops.grouped_linear(rows, weight, torch.tensor([2, 4]))
+        out = expert_ops.grouped_linear(rows, weight, torch.tensor([2, 4]))
         out.sum().backward()
         expected = torch.cat((rows[:2] @ weight[0], rows[2:] @ weight[1]))
         torch.testing.assert_close(out, expected, rtol=0.02, atol=0.05)
@@ -171,11 +171,11 @@ def test_grouped_linear_takes_odd_strides(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("k", [1, 3])
 def test_dispatch_and_combine_equal_indexing(k: int, counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_COUNTED_EXPERTS", 128 if counted else 0)
+    monkeypatch.setattr(expert_ops, "_COUNTED_EXPERTS", 128 if counted else 0)
     tokens, n_experts = 9, 5
     x, weights = torch.randn(tokens, 4, dtype=F64), torch.rand(tokens, k, dtype=F64)
     experts = torch.stack([torch.randperm(n_experts)[:k] for _ in range(tokens)])
-    order, inverse, counts = ops.expert_offsets(experts, n_experts)
+    order, inverse, counts = expert_ops.expert_offsets(experts, n_experts)
     flat = experts.flatten()
     assert torch.equal(counts, torch.bincount(flat, minlength=n_experts))
     assert torch.equal(flat[order], flat.sort().values)
@@ -184,10 +184,10 @@ def test_dispatch_and_combine_equal_indexing(k: int, counted: bool, monkeypatch:
     assert torch.equal(order, torch.tensor(sorted(range(tokens * k), key=lambda i: (int(flat[i]), i))))
 
     def fast(x: Tensor, weights: Tensor) -> Tensor:
-        rows = ops.dispatch(x, order, inverse, k)
+        rows = expert_ops.dispatch(x, order, inverse, k)
         assert torch.equal(rows, x[order // k])
         rows = rows * (weights.flatten() * (1 + flat))[order].unsqueeze(1)
-        return ops.combine(rows, order, inverse, k)
+        return expert_ops.combine(rows, order, inverse, k)
 
     def slow(x: Tensor, weights: Tensor) -> Tensor:
         return torch.stack(
@@ -201,9 +201,9 @@ def test_dispatch_and_combine_equal_indexing(k: int, counted: bool, monkeypatch:
 
 def test_combine_gives_the_same_bits_at_every_run() -> None:
     experts = torch.stack([torch.randperm(8)[:4] for _ in range(64)])
-    order, inverse, _ = ops.expert_offsets(experts, 8)
-    rows = ops.dispatch(torch.randn(64, 32), order, inverse, 4)
-    runs = [with_gradients(lambda rows: ops.combine(rows, order, inverse, 4), rows) for _ in range(5)]
+    order, inverse, _ = expert_ops.expert_offsets(experts, 8)
+    rows = expert_ops.dispatch(torch.randn(64, 32), order, inverse, 4)
+    runs = [with_gradients(lambda rows: expert_ops.combine(rows, order, inverse, 4), rows) for _ in range(5)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
@@ -229,10 +229,10 @@ def test_experts_with_their_own_backward_equal_the_plain_ones() -> None:
     inputs = torch.randn(8, 16), torch.randn(3, 16, 24), torch.randn(3, 12, 16), torch.rand(8)
 
     def own(*inputs: Tensor) -> Tensor:
-        return ops._Experts.apply(*inputs, counts.cumsum(0).to(torch.int32))
+        return expert_ops._Experts.apply(*inputs, counts.cumsum(0).to(torch.int32))
 
     def plain(*inputs: Tensor) -> Tensor:
-        return ops.expert_mlps_reference(*inputs, counts)
+        return expert_ops.expert_mlps_reference(*inputs, counts)
 
     torch.testing.assert_close(
         with_gradients(own, *inputs), with_gradients(plain, *inputs), rtol=1e-5, atol=1e-4
@@ -243,7 +243,7 @@ def test_weights_in_expert_order_and_their_gradient() -> None:
     weights = torch.rand(6, 2, dtype=F64)
     order = torch.randperm(12)
     inverse = order.argsort()
-    got = with_gradients(lambda w: ops.sorted_weights(w, order, inverse), weights)
+    got = with_gradients(lambda w: expert_ops.sorted_weights(w, order, inverse), weights)
     wanted = with_gradients(lambda w: w.flatten()[order], weights)
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
@@ -252,10 +252,10 @@ def test_weights_in_expert_order_and_their_gradient() -> None:
 def test_experts_chosen_in_rounds_differ_whatever_the_scores(bad: float) -> None:
     """Else a step that overflowed would end the run by an index out of bounds and not be left out."""
     scores = torch.randn(64, 6)
-    torch.testing.assert_close(ops._rounds(scores, 3), scores.topk(3).indices, rtol=0, atol=0)
+    torch.testing.assert_close(expert_ops._rounds(scores, 3), scores.topk(3).indices, rtol=0, atol=0)
     scores[torch.rand(64, 6) < 0.7] = bad
     scores[0], scores[1, 0] = bad, float("nan")
-    chosen = ops._rounds(scores, 4).sort(-1).values
+    chosen = expert_ops._rounds(scores, 4).sort(-1).values
     assert (chosen.diff(dim=-1) > 0).all()
 
 
@@ -263,5 +263,5 @@ def test_experts_chosen_in_rounds_differ_whatever_the_scores(bad: float) -> None
 def test_experts_whose_second_product_is_not_aligned_are_not_grouped(width: int, serves: bool) -> None:
     rows, w_in, w_out = torch.zeros(4, 16), torch.zeros(2, 16, 2 * width), torch.zeros(2, width, 16)
     low = [x.bfloat16() for x in (rows, w_in, w_out)]
-    assert ops._grouped_mm_serves(low[0], low[1])
-    assert ops._experts_serve(*low) == serves
+    assert expert_ops._grouped_mm_serves(low[0], low[1])
+    assert expert_ops._experts_serve(*low) == serves
