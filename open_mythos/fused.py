@@ -2,8 +2,8 @@
 
 Each function here equals a few PyTorch operators, in float32, and differentiates itself; :mod:`open_mythos.ops`,
 :mod:`open_mythos.expert_ops` and the layers have those operators beside it and decide by :func:`fit`. A gradient of
-a gradient is taken through those operators. On CUDA, in other dtypes, under autocast, ``torch.compile`` and function transforms, and where
-kernels.c could not be built, none of this runs.
+a gradient is taken through those operators. On CUDA, in other dtypes, under autocast, ``torch.compile`` and function
+transforms, and where kernels.c could not be built, none of this runs.
 
 Shape letters: B batch, S sequence, N tokens, D width, F hidden width, H heads, K nope width, P rope width, V value
 width, k experts per token.
