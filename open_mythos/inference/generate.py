@@ -16,6 +16,7 @@ from torch import Tensor
 
 from open_mythos.inference.exit_cache import ExitCache
 from open_mythos.inference.exits import LoopReport, Rule, check_rule, forward
+from open_mythos.inference.sampling import sample
 from open_mythos.model import KVCache, LoopPolicy, OpenMythos
 from open_mythos.model.decode import Decoder
 from open_mythos.model.transformer import evaluating
@@ -228,44 +229,6 @@ def _steps(
         yield token.clone()  # an ordinary tensor, which may take part in training
         if eos is not None and bool(finished.all()):
             return
-
-
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token a row.
-
-    Args:
-        logits: (B, V).
-        temperature: 0 takes the likeliest.
-        top_k: keep the k likeliest.
-        top_p: keep the smallest set of likeliest tokens whose probabilities sum to at least this (arXiv
-            1904.09751), after temperature and top_k.
-        generator: source of randomness.
-
-    Returns:
-        (B,) int64.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    kept = None
-    if top_k and top_k < logits.shape[-1]:
-        logits, kept = logits.topk(top_k)
-    if temperature != 1:
-        # The likeliest token at zero: a small temperature then gives -inf for the others, and no inf - inf.
-        logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
-    probabilities = logits.softmax(-1, dtype=torch.float32)
-    if top_p is not None and top_p < 1:
-        ranked, order = probabilities.sort(-1, descending=True)
-        # A token stays while the mass before it is short of top_p; so the likeliest always stays.
-        dropped = ranked.cumsum(-1) - ranked >= top_p
-        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(dropped, 0.0))
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return (drawn if kept is None else kept.gather(-1, drawn)).squeeze(1)
 
 
 def _last_real(mask: Tensor) -> Tensor:
