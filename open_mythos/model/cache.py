@@ -179,6 +179,10 @@ class KVCache:
                     f"of only {held}; run at most {loop} loops, trim the cache to {held}, or use KVCache(LastLoop())"
                 )
 
+    def slot(self, loop: int | Tensor) -> str:
+        """Where the looped block reads and writes in this loop."""
+        return self.policy.slot(int(loop))
+
     def write(self, slot: str, new: Entry) -> Entry:
         """Put the new tokens' tensors behind the cached ones and return both together.
 

@@ -172,7 +172,7 @@ class OpenMythos(nn.Module):
         index is below zero has not begun and keeps its state.
         """
         ctx = self.context(e) if ctx is None else ctx
-        slot = "" if ctx.cache is None else ctx.cache.policy.slot(int(t))
+        slot = "" if ctx.cache is None else ctx.cache.slot(t)
         return self.recurrent(h, e, t, ctx, slot)
 
     def coda(self, h: Tensor, ctx: SequenceContext | None = None, logits_at: Tensor | None = None) -> Tensor:
