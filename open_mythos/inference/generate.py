@@ -6,7 +6,7 @@ Shape letters: B batch, S prompt tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from open_mythos.inference.exit_cache import ExitCache
 from open_mythos.inference.exits import LoopReport, Rule, check_rule, forward
-from open_mythos.inference.sampling import sample
+from open_mythos.inference.sampling import Settings, sample
 from open_mythos.model import KVCache, LoopPolicy, OpenMythos
 from open_mythos.model.decode import Decoder
 from open_mythos.model.transformer import evaluating
@@ -106,17 +106,6 @@ def stream(
     return _steps(model, ids, mask, settings, cache, leaving, alone=False)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Arguments of :func:`generate`, checked; ``columns`` are the tokens that are fed at most."""
-
-    max_new_tokens: int
-    n_loops: int
-    eos: int | None
-    columns: int
-    pick: Callable[[Tensor], Tensor]
-
-
 def _settings(
     model: OpenMythos,
     ids: Tensor,
@@ -127,7 +116,7 @@ def _settings(
     top_p: float | None,
     eos_token_id: int | None,
     seed: int | None,
-) -> _Settings:
+) -> Settings:
     cfg = model.cfg
     n_loops = cfg.max_loop_iters if n_loops is None else n_loops
     _check_sampling(temperature, top_k, top_p, seed)
@@ -148,11 +137,9 @@ def _settings(
             f"{room} under max_seq_len = {cfg.max_seq_len}"
         )
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-
-    def pick(logits: Tensor) -> Tensor:
-        return sample(logits, temperature, top_k, top_p, generator)
-
-    return _Settings(int(max_new_tokens), int(n_loops), eos, max(longest, 0), pick)
+    return Settings(
+        int(max_new_tokens), int(n_loops), eos, max(longest, 0), temperature, top_k, top_p, generator
+    )
 
 
 @dataclass(frozen=True)
@@ -181,7 +168,7 @@ class _Leaving:
 
 
 def _leaving(
-    model: OpenMythos, settings: _Settings, exit: Rule | None, report: LoopReport | None
+    model: OpenMythos, settings: Settings, exit: Rule | None, report: LoopReport | None
 ) -> _Leaving | None:
     if exit is None:
         if report is not None:
@@ -195,7 +182,7 @@ def _steps(
     model: OpenMythos,
     ids: Tensor,
     mask: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
     cache: KVCache,
     leaving: _Leaving | None,
     alone: bool = True,

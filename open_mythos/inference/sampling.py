@@ -5,10 +5,45 @@ Shape letters: B batch, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["probabilities", "sample"]
+__all__ = ["Settings", "probabilities", "sample"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a generation was asked for, checked.
+
+    Attributes:
+        max_new_tokens: tokens to add.
+        n_loops: T.
+        eos: id that ends a row, or None.
+        columns: tokens that are fed at most, prompt and padding included.
+        temperature: as :func:`sample` takes it; the same for the next three.
+        top_k: likewise.
+        top_p: likewise.
+        generator: likewise.
+    """
+
+    max_new_tokens: int
+    n_loops: int
+    eos: int | None
+    columns: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    generator: torch.Generator | None
+
+    def pick(self, logits: Tensor) -> Tensor:
+        """(B, V) → (B,), by :func:`sample`."""
+        return sample(logits, self.temperature, self.top_k, self.top_p, self.generator)
+
+    def chances(self, logits: Tensor) -> Tensor:
+        """(…, V) → (…, V), by :func:`probabilities`."""
+        return probabilities(logits, self.temperature, self.top_k, self.top_p)
 
 
 def sample(
