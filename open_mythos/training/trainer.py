@@ -148,13 +148,7 @@ def train(
     check_trackers(config.log.trackers)
     world = init_world(config.parallel.device, config.parallel.replicas)
     main = world.is_main
-    if _by_first(world, lambda: rundir.restarted(out)):
-        resume, overwrite = True, False
-    saved = None
-    if resume:
-        saved, resume = _by_first(world, lambda: rundir.find_run(out))
-    config = adapt.resolve(config, saved)
-    _by_first(world, lambda: rundir.check_free(out, config, saved, overwrite))
+    config, resume = _claim(config, out, world, resume, overwrite)
     with cpu_threads(config.train.threads):
         state, descended, report = spread(config, world, fresh=not resume)
         if not resume:
@@ -170,17 +164,37 @@ def train(
                 tell(_summary(config, state, world))
             if main:
                 rundir.write_run(out, config, state, report, facts)
-            progress = progress if progress is not None and main else Silent()
-            progress.start(config.train.steps, state.step)
-            try:
-                with open_trackers(config, out, step=state.step, rank=world.rank) as trackers:
-                    last = config.train.steps if stop_at is None else min(stop_at, config.train.steps)
-                    _run(config, step, last, saver, trackers, progress)
-            finally:
-                progress.close()
+            last = config.train.steps if stop_at is None else min(stop_at, config.train.steps)
+            _watched(config, out, step, last, saver, progress if progress is not None and main else Silent())
         _by_first(world, lambda: _finish(out, config, state, report, facts))
     world.close()
     return out
+
+
+def _claim(
+    config: RunConfig, out: Path, world: World, resume: bool, overwrite: bool
+) -> tuple[RunConfig, bool]:
+    """The config, resolved with that of the run in ``out`` if there is one to go on with, and whether there is."""
+    if _by_first(world, lambda: rundir.restarted(out)):
+        resume, overwrite = True, False
+    saved = None
+    if resume:
+        saved, resume = _by_first(world, lambda: rundir.find_run(out))
+    config = adapt.resolve(config, saved)
+    _by_first(world, lambda: rundir.check_free(out, config, saved, overwrite))
+    return config, resume
+
+
+def _watched(
+    config: RunConfig, out: Path, step: Step, last: int, saver: Checkpointer, progress: Progress
+) -> None:
+    """:func:`_run` with trackers and progress, which are closed whatever happens."""
+    progress.start(config.train.steps, step.state.step)
+    try:
+        with open_trackers(config, out, step=step.state.step, rank=step.world.rank) as trackers:
+            _run(config, step, last, saver, trackers, progress)
+    finally:
+        progress.close()
 
 
 def _run(
