@@ -20,45 +20,49 @@ __all__ = ["reproduce"]
 _RESULTS = Path("docs/results/reproduce")
 
 
+# Options of the command that need more than a line.
+_Names = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME...", help="Experiments; several share the machine.")
+]
+_Pages = Annotated[
+    bool, typer.Option("--pages", help="Write page and pictures again, from result files alone.")
+]
+_Jobs = Annotated[int | None, typer.Option(help="Runs at once; one for each core, or each GPU, by default.")]
+_Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as optim.lr=1e-3.")
+]
+_Quick = Annotated[bool, typer.Option("--quick", help="Toy runs of some seconds, to see that it works.")]
+_Limit = Annotated[float | None, typer.Option(metavar="SECONDS", help="Start no run after so long.")]
+_Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure again what is trained already.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Train again what is there already.")]
+_Out = Annotated[
+    Path | None, typer.Option(help="Folder of the results; docs/results/reproduce for a plain run.")
+]
+_Runs = Annotated[
+    Path | None, typer.Option(help="Folder of the run directories; runs/reproduce for a plain run.")
+]
+_Configs = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of the experiments, if not configs/reproduce.")
+]
+
+
 def reproduce(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="Experiments; several share the machine.")
-    ] = None,
+    names: _Names = None,
     listed: Annotated[bool, typer.Option("--list", help="Show all experiments and how they stand.")] = False,
-    pages: Annotated[
-        bool, typer.Option("--pages", help="Write page and pictures again, from result files alone.")
-    ] = False,
+    pages: _Pages = False,
     seeds: Annotated[int | None, typer.Option(help="So many, from 0; the claim's by default.")] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms, with commas.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the experiment's own by default.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Runs at once; one for each core, or each GPU, by default.")
-    ] = None,
+    jobs: _Jobs = None,
     split: Annotated[str, typer.Option(help="validation or test.")] = "test",
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as optim.lr=1e-3.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Toy runs of some seconds, to see that it works.")
-    ] = False,
-    time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Start no run after so long.")
-    ] = None,
-    remeasure: Annotated[
-        bool, typer.Option("--remeasure", help="Measure again what is trained already.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Train again what is there already.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; docs/results/reproduce for a plain run.")
-    ] = None,
-    runs: Annotated[
-        Path | None, typer.Option(help="Folder of the run directories; runs/reproduce for a plain run.")
-    ] = None,
-    configs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the experiments, if not configs/reproduce.")
-    ] = None,
+    changes: _Changes = None,
+    quick: _Quick = False,
+    time_limit: _Limit = None,
+    remeasure: _Remeasure = False,
+    overwrite: _Overwrite = False,
+    out: _Out = None,
+    runs: _Runs = None,
+    configs: _Configs = None,
 ) -> None:
     """Train, measure and judge: the project's claims, one command each."""
     from open_mythos.reproduce.base import named
