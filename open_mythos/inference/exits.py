@@ -162,9 +162,7 @@ def think(
     Raises:
         ValueError: the context has no ExitCache, or the rule's answer has another shape than it was asked for.
     """
-    cache = ctx.cache
-    if not isinstance(cache, ExitCache):
-        raise CacheError(f"the context's cache must be an ExitCache, got {type(cache).__name__}")
+    cache = _exit_cache(ctx)
     most = rule.limit(n_loops)
     least = min(rule.min_loops, most)
     group, probed = Group.whole(e), _Probed()
@@ -179,8 +177,7 @@ def think(
             h = group.put(h, state)
             break
         predict = probed.asking(model, cache, group, state, view, t)
-        answer = rule.leaves(Seen(t + 1, state, before, group, model, predict, memory))
-        _check_answer(rule, answer, state)
+        answer = _asked(rule, Seen(t + 1, state, before, group, model, predict, memory))
         h = group.put(h, state)
         before = state if group.rows is not None or group.everyone else h
         if t + 1 < least:
@@ -189,9 +186,8 @@ def think(
         gone = group.running & (gone if idle is None else gone | idle)
         if not bool(gone.any()):
             continue
-        leaving, running = Group.of(gone), group.running & ~gone
-        with cache.leaving(leaving):
-            model.step(leaving.take(h), leaving.take(e), t + 1, leaving.context(ctx))
+        _leave(model, cache, Group.of(gone), h, e, ctx, t + 1)
+        running = group.running & ~gone
         if not bool(running.any()):
             cache.end(t + 1)
             return h, loops
@@ -199,6 +195,20 @@ def think(
         before, drive, view = group.take(h), group.take(e), group.context(ctx)
     cache.end(None)
     return h, loops
+
+
+def _exit_cache(ctx: SequenceContext) -> ExitCache:
+    if not isinstance(ctx.cache, ExitCache):
+        raise CacheError(f"the context's cache must be an ExitCache, got {type(ctx.cache).__name__}")
+    return ctx.cache
+
+
+def _leave(
+    model: OpenMythos, cache: ExitCache, leaving: Group, h: Tensor, e: Tensor, ctx: SequenceContext, t: int
+) -> None:
+    """Write what loop t would show of the tokens that leave before it: deeper loops read that of them."""
+    with cache.leaving(leaving):
+        model.step(leaving.take(h), leaving.take(e), t, leaving.context(ctx))
 
 
 @dataclass
@@ -262,9 +272,11 @@ def check_rule(rule: object, model: OpenMythos) -> None:
     rule.check(model)
 
 
-def _check_answer(rule: Rule, answer: object, state: Tensor) -> None:
-    if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != state.shape[:2]:
+def _asked(rule: Rule, seen: Seen) -> Tensor:
+    """What the rule answers, refused unless it is bool of the shape of the tokens that were asked for."""
+    answer: object = rule.leaves(seen)
+    shape = tuple(seen.state.shape[:2])
+    if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != shape:
         got = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else repr(answer)
-        raise ValueError(
-            f"{type(rule).__name__}.leaves must return bool of shape {tuple(state.shape[:2])}, got {got}"
-        )
+        raise ValueError(f"{type(rule).__name__}.leaves must return bool of shape {shape}, got {got}")
+    return answer
