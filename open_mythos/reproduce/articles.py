@@ -144,23 +144,14 @@ def parity_script(
     torch.manual_seed(seed)
     model = _build(_known("size", size, PARITY_MODELS), model_overrides, build)
 
-    def make_batch(size: int) -> tuple[Tensor, Tensor]:
-        drawn = torch.randint(0, 2, (size, bits))
-        return drawn + 1, drawn.cumsum(1) % 2 + 1
+    def losses() -> Iterator[Tensor]:
+        for _ in range(steps):
+            x, y = _parities(batch_size, bits)
+            logits = model(x, n_loops=train_loops)
+            yield F.cross_entropy(logits.view(-1, model.cfg.vocab_size), y.view(-1))
 
-    V, loss, began = model.cfg.vocab_size, torch.zeros(()), time.perf_counter()
-    opt = torch.optim.AdamW(model.parameters(), lr=lr)
-    for step in range(steps):
-        x, y = make_batch(batch_size)
-        logits = model(x, n_loops=train_loops)
-        loss = F.cross_entropy(logits.view(-1, V), y.view(-1))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        _report(tell, step, steps, loss)
-    seconds = time.perf_counter() - began
-
-    x, y = make_batch(rows)
+    trained = _train(model, losses(), steps, lr, tell)
+    x, y = _parities(rows, bits)
     printed = {T: _answers(model, x, T) == y for T in loops}
     with evaluating(model):
         quiet = {T: _answers(model, x, T) == y for T in loops}
@@ -168,7 +159,7 @@ def parity_script(
         "accuracy": {str(T): _mean(right) for T, right in printed.items()},
         "evaluating": {str(T): _mean(right) for T, right in quiet.items()},
         "last_bit": {str(T): _mean(right[:, -1]) for T, right in quiet.items()},
-        **_summary(model, x[:64], loss, seconds, steps),
+        **_summary(model, x[:64], *trained, steps),
     }
 
 
@@ -219,26 +210,18 @@ def chain_script(
     x, y = _chains(examples, 2, 5, length)
     tests = {"accuracy": _chains(rows, 2, 5, length), "longer": _chains(rows, 6, 8, length)}
 
-    batches = -(-examples // 64)
-    loss, began = torch.zeros(()), time.perf_counter()
-    opt = torch.optim.AdamW(model.parameters(), lr=lr)
-    for epoch in range(epochs):
-        for i, chosen in enumerate(torch.randperm(examples).split(64)):
-            logits = model(x[chosen], n_loops=train_loops)
-            loss = F.cross_entropy(_read(logits, x[chosen], read), y[chosen])
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            _report(tell, epoch * batches + i, epochs * batches, loss)
-    seconds = time.perf_counter() - began
+    def losses() -> Iterator[Tensor]:
+        for _ in range(epochs):
+            for chosen in torch.randperm(examples).split(64):
+                logits = model(x[chosen], n_loops=train_loops)
+                yield F.cross_entropy(_read(logits, x[chosen], read), y[chosen])
 
-    found: dict[str, dict[str, float]] = {}
+    steps = epochs * -(-examples // 64)
+    trained = _train(model, losses(), steps, lr, tell)
+    tests["trained_on"] = x[:rows], y[:rows]
     with evaluating(model):
-        for name, (ids, wanted) in {**tests, "trained_on": (x[:rows], y[:rows])}.items():
-            found[name] = {
-                str(T): _mean(_read(_logits(model, ids, T), ids, read).argmax(-1) == wanted) for T in loops
-            }
-    return {**found, **_summary(model, x[:64], loss, seconds, epochs * batches)}
+        found = {name: _right(model, *test, read, loops) for name, test in tests.items()}
+    return {**found, **_summary(model, x[:64], *trained, steps)}
 
 
 SCRIPTS: dict[str, Callable[..., dict[str, Any]]] = {"parity": parity_script, "chain": chain_script}
@@ -282,11 +265,35 @@ def _build(
     return OpenMythos(MythosConfig(**fields)) if build is None else build(fields)
 
 
+def _train(
+    model: OpenMythos,
+    losses: Iterator[Tensor],
+    steps: int,
+    lr: float,
+    tell: Callable[[str], None] | None,
+) -> tuple[Tensor, float]:
+    """AdamW on one loss after the other, as both articles print it; the last loss, and seconds."""
+    loss, began = torch.zeros(()), time.perf_counter()
+    opt = torch.optim.AdamW(model.parameters(), lr=lr)
+    for step, loss in enumerate(losses):
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        _report(tell, step, steps, loss)
+    return loss, time.perf_counter() - began
+
+
 def _known(name: str, value: str, table: Any) -> Any:
     if value not in table:
         allowed = " or ".join(map(repr, table))
         raise ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}")
     return table[value] if isinstance(table, dict) else value
+
+
+def _parities(count: int, bits: int) -> tuple[Tensor, Tensor]:
+    """The article's batch: (count, bits) ids, and the parity so far at each of them."""
+    drawn = torch.randint(0, 2, (count, bits))
+    return drawn + 1, drawn.cumsum(1) % 2 + 1
 
 
 def _chains(count: int, low: int, high: int, length: int) -> tuple[Tensor, Tensor]:
@@ -305,6 +312,13 @@ def _read(logits: Tensor, ids: Tensor, where: str) -> Tensor:
     if where == "last":
         return logits[:, -1]
     return logits[torch.arange(len(ids)), (ids == EQ).int().argmax(1)]
+
+
+def _right(
+    model: OpenMythos, ids: Tensor, wanted: Tensor, read: str, loops: Sequence[int]
+) -> dict[str, float]:
+    """T → share of the chains whose answer is right."""
+    return {str(T): _mean(_read(_logits(model, ids, T), ids, read).argmax(-1) == wanted) for T in loops}
 
 
 def _answers(model: OpenMythos, x: Tensor, n_loops: int) -> Tensor:
