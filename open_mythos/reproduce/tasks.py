@@ -101,28 +101,16 @@ def kept(loops: Sequence[int], curve: Sequence[float], slack: float, times: int 
 def readouts(model: OpenMythos, ids: Tensor, loops: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
     """Logits (B, S, V) at each of these loop counts, as ``model(ids, T)`` gives them, in ascending order.
 
-    One pass through the loops serves all of them, unless halting averages states: what a position then reads depends
-    on which loop is the last.
+    One pass through the loops serves all of them where :func:`~open_mythos.training.evaluate.states` can.
     """
     import torch
 
-    from open_mythos.model.recurrence import HaltingWeights
+    from open_mythos.training.evaluate import states
 
-    wanted = sorted(set(loops))
     with torch.inference_mode():
-        if model.cfg.halting not in ("select", "off"):
-            for count in wanted:
-                yield count, model(ids, count)
-            return
         ctx = model.context(ids)
-        e = model.prelude(ids, ctx)
-        h = out = model.initial_state(e)
-        weights = HaltingWeights(model.cfg) if model.cfg.halting == "select" else None
-        for t in range(wanted[-1]):
-            h = model.step(h, e, t, ctx)
-            out = h if weights is None else weights.observe(h, model.recurrent.act(h), out)
-            if t + 1 in wanted:
-                yield t + 1, model.coda(out, ctx)
+        for count, state in states(model, ids, ctx, sorted(set(loops))):
+            yield count, model.coda(state, ctx)
 
 
 def _named(level: Any) -> str:

@@ -22,7 +22,7 @@ from open_mythos.training.checks import choice
 from open_mythos.training.config import RunConfig
 from open_mythos.training.sources import evaluation_batches
 
-__all__ = ["sweep"]
+__all__ = ["states", "sweep"]
 
 # What one step of a task's difficulty is called.
 _UNITS = {"parity": "bits"}
@@ -62,19 +62,11 @@ def sweep(
         ConfigError: the split or a loop count is not allowed, or the data is not there.
     """
     choice("split", split, SPLIT_SHARES)
-    chosen = list(config.eval.loops if loops is None else loops)
-    for count in chosen:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ConfigError(f"loops = {count!r} is not allowed: each must be a whole number of at least 1")
-    unit = _UNITS.get(config.data.source, "")
-    names: dict[str, int | None] = {split: None}
-    if config.data.is_task:
-        unit = unit or config.data.task().difficulty
-        names |= {f"{split}@{level} {unit}": level for level in config.eval.levels}
+    chosen = _counts(config.eval.loops if loops is None else loops)
     lengths = None if config.data.is_task else config.data.byte_lengths()
     splits: dict[str, Any] = {}
     with evaluating(model):
-        for name, level in names.items():
+        for name, level in _levels(config, split).items():
             if tell is not None:
                 tell(f"evaluating {name}")
             batches = [_to(model, batch) for batch in evaluation_batches(config, split, level)]
@@ -92,6 +84,22 @@ def sweep(
         "trained_max": run["loops"]["max"],
         "splits": splits,
     }
+
+
+def _counts(loops: Sequence[int]) -> list[int]:
+    for count in loops:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigError(f"loops = {count!r} is not allowed: each must be a whole number of at least 1")
+    return list(loops)
+
+
+def _levels(config: RunConfig, split: str) -> dict[str, int | None]:
+    """Name → difficulty of everything that is scored; None stands for that of the training."""
+    names: dict[str, int | None] = {split: None}
+    if config.data.is_task:
+        unit = _UNITS.get(config.data.source, config.data.task().difficulty)
+        names |= {f"{split}@{level} {unit}": level for level in config.eval.levels}
+    return names
 
 
 def _unit(lengths: Sequence[int] | None) -> str:
@@ -137,19 +145,32 @@ def _bits(
         targets = batch["targets"].flatten()
         scored += sizes[targets[targets != IGNORE_INDEX]].sum()
         ctx = model.context(batch["ids"], document_ids=batch.get("document_ids"))
-        for count, state in _states(model, batch["ids"], ctx, sorted(set(counts))):
+        for count, state in states(model, batch["ids"], ctx, sorted(set(counts))):
             logits = model.coda(state, ctx).flatten(0, 1).float()
             nats[count] += F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return [float(nats[count]) / int(scored) / math.log(2) for count in counts]
 
 
-def _states(
+def states(
     model: OpenMythos, ids: Tensor, ctx: SequenceContext, counts: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """What :meth:`OpenMythos.think` hands over after each of these loop counts (ascending), each loop run once."""
+    """What :meth:`OpenMythos.think` hands over after each of these loop counts, each loop run once.
+
+    Unless halting averages states: what a position then reads depends on which loop is the last, and every count
+    begins anew.
+
+    Args:
+        model: in eval mode.
+        ids: (B, S).
+        ctx: of the ids.
+        counts: ascending, all different.
+
+    Returns:
+        Loop count and state (B, S, D), in that order.
+    """
     e = model.prelude(ids, ctx)
     h = out = model.initial_state(e)
-    if model.cfg.halting in ("average", "upstream"):  # the weights depend on which loop is the last
+    if model.cfg.halting in ("average", "upstream"):
         yield from ((count, model.think(h, e, ctx, range(count))) for count in counts)
         return
     weights = HaltingWeights(model.cfg)

@@ -154,12 +154,23 @@ class Oracle(torch.nn.Module):
         self.embed = torch.nn.Embedding(4, 4)
         self.cfg = MythosConfig(**SMALL, halting="average")  # type: ignore[arg-type]
 
-    def forward(self, ids: torch.Tensor, n_loops: int) -> torch.Tensor:
-        bits = (ids - 1).masked_fill(ids == 3, 0)
-        answers = bits.cumsum(1) % 2 + 1
-        if n_loops < 4:
+    def context(self, ids: torch.Tensor) -> None:
+        return None
+
+    def prelude(self, ids: torch.Tensor, ctx: None) -> torch.Tensor:
+        return (ids - 1).masked_fill(ids == 3, 0)
+
+    def initial_state(self, e: torch.Tensor) -> torch.Tensor:
+        return e
+
+    def think(self, h: torch.Tensor, e: torch.Tensor, ctx: None, loops: range) -> torch.Tensor:
+        answers = e.cumsum(1) % 2 + 1
+        if len(loops) < 4:
             answers[:, 3:] = 0
-        return torch.nn.functional.one_hot(answers, 4).float()
+        return answers
+
+    def coda(self, h: torch.Tensor, ctx: None) -> torch.Tensor:
+        return torch.nn.functional.one_hot(h, 4).float()
 
 
 @pytest.mark.parametrize("score", ["token", "sequence", "last_token"])
