@@ -153,6 +153,15 @@ class ExitCache(KVCache):
         finally:
             self._group, self._leaving = None, False
 
+    def go_on(self, left: Entry) -> None:
+        """Before the loops of a call, or those after a pause. ``left``: what :meth:`pause` gave, of all its tokens."""
+        self._left = left
+
+    def pause(self) -> Entry:
+        """After the loops of a call, or between two: what those who left show in deeper loops, (B, S, …)."""
+        left, self._left = self._left, {}
+        return left
+
     def end(self, loop: int | None) -> None:
         """After the loops of a call. ``loop``: the first that nobody ran, as all had left; None: they ran all."""
         if loop is not None:
@@ -161,7 +170,6 @@ class ExitCache(KVCache):
             entry = self.reserve(slot, self._left)
             for name, tensor in self._left.items():
                 entry[name][:, self.length :].copy_(tensor)
-        self._left = {}
 
     def write(self, slot: str, new: Entry) -> Entry:
         """As :meth:`KVCache.write`; inside :meth:`running` the new tensors are (B', S', width), and the result

@@ -12,15 +12,15 @@ Shape letters: B batch, S new tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from open_mythos.inference.exit_cache import ExitCache, Group
+from open_mythos.inference.exit_cache import ExitCache
 from open_mythos.inference.exit_gate import Gate, Learned, fit
+from open_mythos.inference.exit_loop import Thinking
 from open_mythos.inference.exit_rules import (
     ACT,
     Confidence,
@@ -53,6 +53,7 @@ __all__ = [
     "SamePrediction",
     "Seen",
     "StateChange",
+    "Thinking",
     "fit",
     "forward",
     "think",
@@ -162,71 +163,9 @@ def think(
     Raises:
         ValueError: the context has no ExitCache, or the rule's answer has another shape than it was asked for.
     """
-    cache = _exit_cache(ctx)
-    most = rule.limit(n_loops)
-    least = min(rule.min_loops, most)
-    group, probed = Group.whole(e), _Probed()
-    memory: dict[str, Tensor] = {}
-    h, loops = model.initial_state(e), torch.zeros(e.shape[:2], dtype=torch.int64, device=e.device)
-    before, drive, view = h, e, ctx
-    for t in range(most):
-        with cache.running(group, t, t - 1 if t else None):
-            state = model.step(before, drive, t, view)
-        loops += group.running
-        if t + 1 == most:
-            h = group.put(h, state)
-            break
-        predict = probed.asking(model, cache, group, state, view, t)
-        answer = _asked(rule, Seen(t + 1, state, before, group, model, predict, memory))
-        h = group.put(h, state)
-        before = state if group.rows is not None or group.everyone else h
-        if t + 1 < least:
-            continue
-        gone = group.put(torch.zeros_like(group.running), answer)
-        gone = group.running & (gone if idle is None else gone | idle)
-        if not bool(gone.any()):
-            continue
-        _leave(model, cache, Group.of(gone), h, e, ctx, t + 1)
-        running = group.running & ~gone
-        if not bool(running.any()):
-            cache.end(t + 1)
-            return h, loops
-        group = Group.of(running, dense)
-        before, drive, view = group.take(h), group.take(e), group.context(ctx)
-    cache.end(None)
-    return h, loops
-
-
-def _exit_cache(ctx: SequenceContext) -> ExitCache:
-    if not isinstance(ctx.cache, ExitCache):
-        raise CacheError(f"the context's cache must be an ExitCache, got {type(ctx.cache).__name__}")
-    return ctx.cache
-
-
-def _leave(
-    model: OpenMythos, cache: ExitCache, leaving: Group, h: Tensor, e: Tensor, ctx: SequenceContext, t: int
-) -> None:
-    """Write what loop t would show of the tokens that leave before it: deeper loops read that of them."""
-    with cache.leaving(leaving):
-        model.step(leaving.take(h), leaving.take(e), t, leaving.context(ctx))
-
-
-@dataclass
-class _Probed:
-    """The loop in which the coda was last asked, for the entries of tokens that have left since."""
-
-    last: int | None = None
-
-    def asking(
-        self, model: OpenMythos, cache: ExitCache, group: Group, state: Tensor, view: SequenceContext, t: int
-    ) -> Callable[[], Tensor]:
-        def predict() -> Tensor:
-            with cache.running(group, t, self.last):
-                logits = model.coda(state, view)
-            self.last = t
-            return logits
-
-        return predict
+    thinking = Thinking(model, e, ctx, rule, n_loops, idle=idle, dense=dense)
+    thinking.run()
+    return thinking.state, thinking.loops
 
 
 @dataclass
@@ -270,13 +209,3 @@ def check_rule(rule: object, model: OpenMythos) -> None:
     if not isinstance(rule, Rule):
         raise ValueError(f"exit = {rule!r} is not allowed: it must be an exit rule such as StateChange(0.05)")
     rule.check(model)
-
-
-def _asked(rule: Rule, seen: Seen) -> Tensor:
-    """What the rule answers, refused unless it is bool of the shape of the tokens that were asked for."""
-    answer: object = rule.leaves(seen)
-    shape = tuple(seen.state.shape[:2])
-    if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != shape:
-        got = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else repr(answer)
-        raise ValueError(f"{type(rule).__name__}.leaves must return bool of shape {shape}, got {got}")
-    return answer
