@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.main import ACTHalting, MoEFFN, MythosConfig, OpenMythos
+from open_mythos.reproduce.articles import PARITY_MODELS
 
 FOOTPRINT = """
 import torch, torch.nn as nn
@@ -214,12 +215,7 @@ def test_the_models_and_digit_chain_blocks(capsys: pytest.CaptureFixture[str]) -
 def test_after_600_steps_experts_are_used_decay_is_stable_and_every_loop_shows() -> None:
     """The parity block to its end on a model of the tutorial's size, then three inspections."""
     torch.manual_seed(0)
-    cfg = MythosConfig(
-        vocab_size=256, dim=64, n_heads=4, max_seq_len=128, max_loop_iters=16, prelude_layers=1,
-        coda_layers=1, n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=8,
-        attn_type="mla", kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
-        v_head_dim=16,
-    )  # fmt: skip
+    cfg = MythosConfig(**PARITY_MODELS["tutorial"])
     model = OpenMythos(cfg).to(DEVICE)
     names = run(PARITY, {"torch": torch, "model": model, "make_batch": parity_batches(12)})
     assert names["step"] == 599

@@ -22,27 +22,11 @@ from open_mythos.accounting import (
     parse_count,
     propose,
 )
+from open_mythos.reproduce.articles import CHAIN_MODELS
 
-TUTORIAL: dict[str, Any] = {
-    "vocab_size": 64,
-    "dim": 128,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "max_seq_len": 128,
-    "max_loop_iters": 8,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "n_experts": 4,
-    "n_shared_experts": 1,
-    "n_experts_per_tok": 2,
-    "expert_dim": 64,
-    "lora_rank": 8,
-    "kv_lora_rank": 32,
-    "q_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-}
+# The digit-chain tutorial's model, with room for more tokens.
+TUTORIAL: dict[str, Any] = {**CHAIN_MODELS["mla"], "n_kv_heads": 2, "max_seq_len": 128}
+del TUTORIAL["attn_type"]
 
 
 def random_config(seed: int) -> MythosConfig:

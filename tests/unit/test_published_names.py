@@ -18,6 +18,7 @@ import open_mythos
 import open_mythos.main as door
 from open_mythos import KVCache, LastLoop
 from open_mythos.main import ACTHalting, MoEFFN, MythosConfig, OpenMythos
+from open_mythos.reproduce.articles import CHAIN_MODELS
 
 UPSTREAM_FIELDS = {
     "vocab_size": 32000, "dim": 2048, "n_heads": 16, "n_kv_heads": 4, "max_seq_len": 4096,
@@ -30,14 +31,8 @@ UPSTREAM_FIELDS = {
 
 
 def build(attn_type: str = "mla", **changes: Any) -> OpenMythos:
-    """The model of the digit-chain tutorial."""
-    fields: dict[str, Any] = {
-        "vocab_size": 64, "dim": 128, "n_heads": 4, "max_seq_len": 128, "max_loop_iters": 8,
-        "prelude_layers": 1, "coda_layers": 1, "n_experts": 4, "n_shared_experts": 1,
-        "n_experts_per_tok": 2, "expert_dim": 64, "lora_rank": 8, "attn_type": attn_type,
-        "n_kv_heads": 2, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16, "v_head_dim": 16,
-    }  # fmt: skip
+    """The model of the digit-chain tutorial, with room for more tokens."""
+    fields = {**CHAIN_MODELS["mla"], "attn_type": attn_type, "n_kv_heads": 2, "max_seq_len": 128}
     torch.manual_seed(0)
     return OpenMythos(MythosConfig(**{**fields, **changes}))
 
