@@ -150,7 +150,7 @@ class OpenMythos(nn.Module):
         # DDP would overwrite every rank's counts with rank 0's before they are summed.
         loads = [name for name, _ in self.named_buffers() if name.endswith("expert_load")]
         self._ddp_params_and_buffers_to_ignore = loads
-        self._passes = 0  # forward passes with gradients
+        self._passes = 0  # forward passes with gradients that could draw extra loops
         self.reset_parameters()
 
     # The three ways in.
@@ -423,6 +423,17 @@ class OpenMythos(nn.Module):
                 "load it with open_mythos.load_upstream"
             )
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With the passes that extra loops are drawn by, once there were any: whoever resumes draws on from there."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._passes:
+            destination[f"{prefix}_passes"] = torch.tensor(self._passes, device="cpu")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if (passes := state_dict.pop(f"{prefix}_passes", None)) is not None:
+            self._passes = int(passes)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
         """Draw fresh initial weights from torch's default generator, as ``cfg.init`` says; none on ``meta``.

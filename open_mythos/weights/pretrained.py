@@ -161,6 +161,7 @@ def assemble(model: OpenMythos, state: dict[str, Tensor]) -> OpenMythos:
 def _state_to_save(model: OpenMythos) -> dict[str, Tensor]:
     """Name → tensor, without wrappers in the names and without a tied head, checked against the config."""
     state = {WRAPPERS.sub("", name): tensor for name, tensor in model.state_dict().items()}
+    state.pop("_passes", None)  # of a training that a state dict resumes; nothing to use
     if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
         raise WeightsError("the model is sharded over devices: gather it into one OpenMythos before saving")
     expected = skeleton(model.cfg).state_dict()

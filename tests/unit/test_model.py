@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos import KVCache, MythosConfig, OpenMythos, precompute_rope_freqs
+from open_mythos import (
+    KVCache,
+    MythosConfig,
+    OpenMythos,
+    from_pretrained,
+    precompute_rope_freqs,
+    save_pretrained,
+)
 from open_mythos.model.layers import apply_rope, rope_table
 
 ATTENTION = ("gqa", "mla")
@@ -319,6 +327,32 @@ def test_extra_loops_run_before_the_asked_ones_while_training() -> None:
         model.recurrent.block.ffn.router_bias.copy_(plain.recurrent.block.ffn.router_bias)
     assert set(seen) == {0, 1, 2, 3}
     torch.testing.assert_close(model.eval()(ids, 3), plain(ids, 3))
+
+
+def test_a_training_loop_resumed_from_a_state_dict_draws_the_same_extra_loops(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = build(extra_loops=4.0)
+    fresh = list(whole.state_dict())
+    ids = torch.randint(0, whole.cfg.vocab_size, (2, 5))
+
+    def train(model: OpenMythos, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(ids, 2).square().mean().backward()
+            optimizer.step()
+
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    train(whole, optimizer, 3)
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    save_pretrained(whole, tmp_path / "model")
+    train(whole, optimizer, 5)
+    resumed = build(extra_loops=4.0)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(resumed, torch.optim.SGD(resumed.parameters(), lr=0.1), 5)
+    for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    # Weights to use are weights alone.
+    assert list(from_pretrained(tmp_path / "model").state_dict()) == fresh
 
 
 def test_a_recomputation_runs_as_many_extra_loops_as_its_pass() -> None:
