@@ -55,6 +55,7 @@ _HOMES = {
         "save_pretrained",
         "to_upstream_state_dict",
     ),
+    "inference.engine": ("Engine", "Request"),
     "inference.generate": ("generate", "stream"),
     "analysis.probes": ("Trace", "trace"),
 }
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     from open_mythos.analysis.probes import trace as trace
     from open_mythos.config import ConfigError as ConfigError
     from open_mythos.config import MythosConfig as MythosConfig
+    from open_mythos.inference.engine import Engine as Engine
+    from open_mythos.inference.engine import Request as Request
     from open_mythos.inference.generate import generate as generate
     from open_mythos.inference.generate import stream as stream
     from open_mythos.model import *  # noqa: F403

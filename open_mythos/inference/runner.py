@@ -1,0 +1,321 @@
+"""Who computes for the engine: prelude, loop and coda of some rows, each row at its own position and loop.
+
+The scheduler decides which rows; a runner only computes. :class:`PlainRunner` calls the model's own three ways in on
+views of the page pool, with any dtype on any device, and is what faster ones are compared with.
+
+Shape letters: R rows of the engine, n rows of a call, S tokens of a chunk, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from open_mythos.inference import exits
+from open_mythos.inference.paged_view import PagedView, PromptCache, context
+from open_mythos.inference.pages import PagePool
+from open_mythos.inference.requests import Depth
+from open_mythos.model import LastLoop, OpenMythos
+from open_mythos.model.attention import SequenceContext
+from open_mythos.model.recurrence import HaltingWeights
+
+__all__ = ["Batch", "Chunk", "PlainRunner", "RowState", "Runner"]
+
+
+class RowState:
+    """What is kept of each row between calls, on the device. The memory never moves.
+
+    Attributes:
+        ids: (R,) int64, the token that each row feeds next.
+        e: (R, D), what the prelude made of it.
+        h: (R, D), its state.
+        before: (R, D), the state before the last loop, of rows under an exit rule.
+        chosen: (R, D), the state that the model's own halting has selected, of the other rows.
+        mass: (R,), of that halting.
+        running: (R,) bool, likewise.
+    """
+
+    def __init__(self, model: OpenMythos, rows: int) -> None:
+        weight, width = model.embed.weight, model.cfg.dim
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        self.e, self.h, self.before, self.chosen = (
+            torch.zeros(rows, width, dtype=weight.dtype, device=weight.device) for _ in range(4)
+        )
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.mass = torch.zeros(rows, dtype=wide, device=weight.device)
+        self.running = torch.zeros(rows, dtype=torch.bool, device=weight.device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a call, all of it known on the host.
+
+    Attributes:
+        rows: in rising order.
+        positions: of the token that each computes, which is the number of cached ones.
+        loops: loops that its token has done; the next one has this index.
+        most: loops at most.
+        ruled: under an exit rule; the others' state is chosen by the model's own halting.
+    """
+
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]
+    loops: tuple[int, ...]
+    most: tuple[int, ...]
+    ruled: tuple[bool, ...]
+
+    def pick(self, places: Sequence[int]) -> Batch:
+        """Some of them, by their place here."""
+        fields = (self.rows, self.positions, self.loops, self.most, self.ruled)
+        return Batch(*(tuple(each[i] for i in places) for each in fields))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tokens of prompts, of equal number and depth; under a rule of one prompt only.
+
+    Attributes:
+        rows: in rising order.
+        starts: cached tokens of each.
+        ids: (n, S) int64, on the host.
+        depth: of all.
+        last: whether the prompts end here, so that logits are wanted.
+    """
+
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    ids: Tensor
+    depth: Depth
+    last: bool
+
+
+class Runner(Protocol):
+    """See :class:`PlainRunner`, which is one."""
+
+    state: RowState
+    page_size: int
+
+    def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (n, V) of the last tokens, and loops (n, S) that tokens spent under a rule."""
+        ...
+
+    def prelude(self, batch: Batch) -> None:
+        """Begin a token."""
+        ...
+
+    def loop(self, batch: Batch) -> None:
+        """One loop."""
+        ...
+
+    def coda(self, batch: Batch) -> Tensor:
+        """Logits (n, V)."""
+        ...
+
+    def token(self, batch: Batch) -> Tensor | None:
+        """A whole token, or None where that is not served."""
+        ...
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits (n, V) as an exit rule asks for them."""
+        ...
+
+    def leave(self, batch: Batch, probed: Sequence[int | None], probes: Sequence[Sequence[int]]) -> None:
+        """Show deeper loops what leaving tokens show."""
+        ...
+
+    def refresh(self) -> None:
+        """Somebody else had their turn."""
+        ...
+
+
+class PlainRunner:
+    """The model's own modules on views of the page pool.
+
+    Args:
+        model: in eval mode whenever this is called, and nobody wants gradients.
+        pool: where keys and values are.
+        state: the rows.
+    """
+
+    page_size = 16
+
+    def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
+        self.model, self.pool, self.state = model, pool, state
+        self._kept: tuple[tuple[tuple[int, ...], tuple[int, ...]], PagedView, SequenceContext] | None = None
+        self._policy = LastLoop() if pool.layers.shared else None
+
+    def refresh(self) -> None:
+        """The model may have changed between two calls, which is nothing to this runner."""
+
+    def token(self, batch: Batch) -> Tensor | None:
+        """Not served."""
+        return None
+
+    def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        """Compute a chunk of prompts, whose keys and values then are in the pool.
+
+        Returns:
+            Logits (n, V) of the last token of each if the prompts end here, and the loops (n, S) that the tokens
+            spent if there is a rule; None otherwise.
+        """
+        model, ids = self.model, chunk.ids.to(self.state.ids.device)
+        if chunk.depth.rule is not None:
+            return self._prefill_ruled(chunk, chunk.depth.rule, ids)
+        ctx = context(model, PagedView(self.pool, chunk.rows, chunk.starts, ids.shape[1]))
+        e = model.prelude(ids, ctx)
+        h, loops = model.initial_state(e), range(chunk.depth.most)
+        if chunk.depth.ruled:
+            for t in loops:
+                h = model.step(h, e, t, ctx)
+        else:
+            h = model.think(h, e, ctx, loops)
+        return self._answer(h, ctx, chunk.last), None
+
+    def _prefill_ruled(
+        self, chunk: Chunk, rule: exits.Rule, ids: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        (row,), (start,), depth = chunk.rows, chunk.starts, chunk.depth
+        cache = PromptCache(self.pool, row, start, self._policy, depth.most, depth.probes)
+        ctx = self.model.context(ids, cache=cache)
+        e = self.model.prelude(ids, ctx)
+        h, loops = exits.think(self.model, e, ctx, rule, depth.most)
+        logits = self._answer(h, ctx, chunk.last)
+        cache.store(ids.shape[1])
+        return logits, loops
+
+    def _answer(self, h: Tensor, ctx: SequenceContext, last: bool) -> Tensor | None:
+        """The coda's layers cache what they see of all tokens; only the last has a next token to foretell."""
+        features = self.model.features(h, ctx)
+        return self.model.head(features[:, -1]) if last else None
+
+    def prelude(self, batch: Batch) -> None:
+        """Begin a token in each row: feed ``state.ids``, make e, the first state, and halting as it is before loops."""
+        state, ctx = self.state, self._context(batch)[1]
+        rows = self._index(batch)
+        e = self.model.prelude(_take(state.ids, rows).unsqueeze(1), ctx)
+        _put(state.e, rows, e[:, 0])
+        _put(state.h, rows, self.model.initial_state(e)[:, 0])
+        if self.model.cfg.halting != "off":
+            started = 1.0 if self.model.cfg.halting == "select" else 0.0
+            _put(state.mass, rows, torch.full_like(_take(state.mass, rows), started))
+            _put(state.running, rows, torch.ones_like(_take(state.running, rows)))
+            _put(state.chosen, rows, torch.zeros_like(e[:, 0]))
+
+    def loop(self, batch: Batch) -> None:
+        """One loop of each row, at the row's own index."""
+        state, rows = self.state, self._index(batch)
+        view, ctx = self._context(batch)
+        h, e = _take(state.h, rows), _take(state.e, rows)
+        new = self.model.step(h.unsqueeze(1), e.unsqueeze(1), self._loops(batch, view), ctx)[:, 0]
+        if any(batch.ruled):
+            _put(state.before, rows, h)
+        _put(state.h, rows, new)
+        if self.model.cfg.halting != "off" and not all(batch.ruled):
+            self._halt(batch, rows, new)
+
+    def _halt(self, batch: Batch, rows: Tensor | slice, h: Tensor) -> None:
+        """Let the model's own halting choose, one loop further. Rows under a rule go along for nothing."""
+        state, cfg = self.state, self.model.cfg
+        weights = HaltingWeights(cfg)
+        weights.mass, weights.running = _take(state.mass, rows), _take(state.running, rows)
+        p, out = self.model.recurrent.act(h.unsqueeze(1))[:, 0], _take(state.chosen, rows)
+        if cfg.halting == "select":
+            out = weights.observe(h, p, out)
+        else:
+            last = [done + 1 == most for done, most in zip(batch.loops, batch.most, strict=True)]
+            out = out + self._weigh(weights, p, last).unsqueeze(-1).to(h.dtype) * h
+        _put(state.chosen, rows, out)
+        _put(state.mass, rows, weights.mass)
+        _put(state.running, rows, weights.running)
+
+    @staticmethod
+    def _weigh(weights: HaltingWeights, p: Tensor, last: list[bool]) -> Tensor:
+        """Weights (n,) of this loop's states, of which some are their tokens' last."""
+        if len(set(last)) == 1:
+            return weights.next(p, last[0])
+        ending = torch.tensor(last, device=p.device)
+        begun = weights.mass, weights.running
+        end = weights.next(p, True)
+        weights.mass, weights.running = begun
+        return torch.where(ending, end, weights.next(p, False))  # nobody reads the mass after a last loop
+
+    def coda(self, batch: Batch) -> Tensor:
+        """Logits (n, V) of each row's token, whose loops are done."""
+        state, rows = self.state, self._index(batch)
+        h = _take(state.h, rows)
+        if self.model.cfg.halting != "off" and not all(batch.ruled):
+            ruled = torch.tensor(batch.ruled, device=h.device).unsqueeze(1)
+            chosen = _take(state.chosen, rows)
+            h = torch.where(ruled, h, chosen) if any(batch.ruled) else chosen
+        return self.model.coda(h.unsqueeze(1), self._context(batch)[1])[:, 0]
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits (n, V) of the states after the loop that was the last, as an exit rule asks for them.
+
+        The coda then sees earlier tokens as they were after that loop, or as they left.
+        """
+        view, ctx = self._context(batch)
+        h = _take(self.state.h, self._index(batch)).unsqueeze(1)
+        done = [n - 1 for n in batch.loops]
+        loop = done[0] if len(set(done)) == 1 else torch.tensor(done, device=h.device)
+        with view.probing(loop):
+            return self.model.coda(h, ctx)[:, 0]
+
+    def leave(self, batch: Batch, probed: Sequence[int | None], probes: Sequence[Sequence[int]]) -> None:
+        """In deeper loops let later tokens see of these what they would have shown in the next (docs/exits.md).
+
+        Args:
+            batch: tokens that leave, all before their most loops.
+            probed: loop, from 0, after which the rule last decoded each; None: not yet.
+            probes: all those of each row's rule.
+        """
+        state, rows = self.state, self._index(batch)
+        view, ctx = self._context(batch)
+        h, e = _take(state.h, rows).unsqueeze(1), _take(state.e, rows).unsqueeze(1)
+        with view.leaving(batch.loops, batch.most):
+            self.model.step(h, e, self._loops(batch, view), ctx)
+        layers = self.pool.layers
+        copies = [
+            (i, layers.of_probe(last, j), layers.of_probe(t, j))
+            for i, last in enumerate(probed)
+            if last is not None and not layers.shared
+            for t in probes[i]
+            if t >= batch.loops[i]
+            for j in range(layers.coda)
+        ]
+        if copies:
+            view.copy_probes(*zip(*copies, strict=True))
+
+    @staticmethod
+    def _loops(batch: Batch, view: PagedView) -> int | Tensor:
+        """The next loop's index, one for all if it is."""
+        if len(set(batch.loops)) == 1:
+            return batch.loops[0]
+        return torch.tensor(batch.loops, device=view.positions.device)
+
+    def _index(self, batch: Batch) -> Tensor | slice:
+        """Rows to take, a slice where they lie side by side."""
+        first, last = batch.rows[0], batch.rows[-1]
+        if last - first + 1 == len(batch.rows):
+            return slice(first, last + 1)
+        return torch.tensor(batch.rows, device=self.state.ids.device)
+
+    def _context(self, batch: Batch) -> tuple[PagedView, SequenceContext]:
+        """The one of the last call, if rows and positions are the same."""
+        key = batch.rows, batch.positions
+        if self._kept is None or self._kept[0] != key:
+            view = PagedView(self.pool, batch.rows, batch.positions, 1)
+            self._kept = key, view, context(self.model, view)
+        return self._kept[1:]
+
+
+def _take(x: Tensor, rows: Tensor | slice) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def _put(x: Tensor, rows: Tensor | slice, value: Tensor) -> None:
+    x[rows] = value.to(x.dtype)

@@ -1,0 +1,128 @@
+"""The engine answers every request as if it were alone, whatever its depth, its exit rule, and who shares its batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from open_mythos import MythosConfig, OpenMythos
+from open_mythos.inference import exits, scheduler
+from open_mythos.inference.engine import Engine
+from open_mythos.inference.generate import generate
+
+LOOPS = 5
+SIZES: dict[str, Any] = {
+    "vocab_size": 23,
+    "dim": 24,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "max_seq_len": 48,
+    "max_loop_iters": LOOPS,
+    "prelude_layers": 1,
+    "coda_layers": 1,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_experts": 4,
+    "n_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "expert_dim": 16,
+    "lora_rank": 4,
+    "act_threshold": 0.2,
+}
+LENGTHS = (3, 9, 1, 17, 5, 9)
+DEPTHS = [1, 3, 5, 2, 8, 4]
+ATTENTION = ("mla", "gqa")
+RULES: dict[str, exits.Rule] = {
+    "fixed": exits.Fixed(3),
+    "never": exits.Never(),
+    "act": exits.ACT(0.2, min_loops=2),
+    "state": exits.StateChange(0.2, min_loops=2),
+    "kl": exits.PredictionChange(3e-2, max_loops=4),
+    "kl by head, every second loop": exits.PredictionChange(1.5e-2, reads="head", every=2),
+    "same": exits.SamePrediction(1),
+    "top": exits.Confidence(0.3, every=2),
+}
+
+
+def build(attn_type: str = "mla", **changes: Any) -> OpenMythos:
+    torch.manual_seed(0)
+    model = OpenMythos(MythosConfig(**(SIZES | {"attn_type": attn_type} | changes))).double().eval()
+    torch.nn.init.normal_(model.recurrent.act.halt.weight, std=0.3)  # so that tokens differ in when they halt
+    return model
+
+
+def some_prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    draws = torch.Generator().manual_seed(1)
+    return [torch.randint(0, SIZES["vocab_size"], (n,), generator=draws) for n in lengths]
+
+
+def small(model: OpenMythos, **changes: Any) -> Engine:
+    """Fewer rows than requests, chunks shorter than prompts, pages shorter than chunks."""
+    return Engine(model, **({"max_rows": 3, "page_size": 4, "prefill_chunk": 7} | changes))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
+    """Logits that each request's tokens are drawn from, by the id of its sampler's seed."""
+    seen: dict[int, list[Tensor]] = {}
+    plain = scheduler.draw
+
+    def draw(samplers: Any, logits: Tensor) -> Tensor:
+        for sampler, row in zip(samplers, logits, strict=True):
+            seen.setdefault(sampler.number, []).append(row.clone())
+        return plain(samplers, logits)
+
+    monkeypatch.setattr(scheduler, "draw", draw)
+    return seen
+
+
+def no_page_lost(engine: Engine) -> bool:
+    return engine.stats.free_pages == engine.stats.pages and engine.stats.running == engine.stats.waiting == 0
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_requests_of_all_depths_share_a_batch_and_see_nothing_of_it(
+    attn_type: str, drawn: dict[int, list[Tensor]]
+) -> None:
+    model, prompts = build(attn_type), some_prompts()
+    engine = small(model)
+    results = engine.generate(prompts, 9, DEPTHS, temperature=0)
+    assert no_page_lost(engine)
+    assert engine.stats.done.row_loops > 1.5 * engine.stats.done.ticks
+    for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        assert (result.reason, len(result.tokens)) == ("length", 9)
+        ids = torch.cat((prompt, torch.tensor(result.tokens))).unsqueeze(0)
+        with torch.no_grad():
+            whole = model(ids, DEPTHS[i])[0, len(prompt) - 1 : -1]
+        assert (torch.stack(drawn[i]) - whole).abs().max() <= 1e-12
+        assert result.tokens == generate(model, prompt[None], 9, DEPTHS[i], 0)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_exits_are_those_of_the_request_alone(
+    attn_type: str, name: str, drawn: dict[int, list[Tensor]]
+) -> None:
+    model, prompts, rule = build(attn_type), some_prompts(), RULES[name]
+    engine = small(model)
+    most = [LOOPS, 3, 4, LOOPS, LOOPS, 6]
+    rules = [rule, None, rule, rule, exits.StateChange(0.4), rule]
+    results = engine.generate(prompts, 7, most, temperature=0, exit=rules)
+    assert no_page_lost(engine)
+    for i in (0, 2, 3, 5):
+        result = results[i]
+        ids = torch.cat((prompts[i], torch.tensor(result.tokens))).unsqueeze(0)
+        answer = exits.forward(model, ids[:, :-1], rule, most[i])
+        start = len(prompts[i]) - 1
+        assert (torch.stack(drawn[i]) - answer.logits[0, start:]).abs().max() <= 1e-12
+        if type(rule) not in (exits.Fixed, exits.Never):
+            assert result.prompt_loops + result.loops == answer.loops[0].tolist()
+    if type(rule) not in (exits.Fixed, exits.Never):
+        spent = [n for i in (0, 2, 3, 5) for n in results[i].loops]
+        assert len(set(spent)) > 1, "the rule never made a difference"
