@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from open_mythos import __version__
 from open_mythos.reproduce.base import load
 from open_mythos.reproduce.runs import Run, read_json, write_json
 
-__all__ = ["main", "work"]
+__all__ = ["code_version", "main", "work"]
 
 
 def main(path: Path) -> int:
@@ -37,7 +38,7 @@ def work(path: Path) -> None:
     job = read_json(path)
     if job is None:
         raise FileNotFoundError(f"{path} is not there")
-    run, split = Run.from_dict(job["run"]), job["split"]
+    run, split, code = Run.from_dict(job["run"]), job["split"], code_version()
     experiment = load(run.source)
     if experiment.CONFIGURED:
         _prepare(run)
@@ -54,10 +55,29 @@ def work(path: Path) -> None:
         "device": _device(run),
         "torch": metadata.version("torch"),
         "python": platform.python_version(),  # whose own text some experiments train on
-        "open_mythos": __version__,
+        "open_mythos": code,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
     write_json(run.folder / f"measured-{split}.json", record)
+
+
+def code_version(package: Path = Path(__file__).parents[1]) -> str:
+    """The package's version, and of a checkout the commit: "1.2.0+gabc1234", with ".dirty" if its files are others."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        # Without a lock: somebody may be committing meanwhile.
+        asked = ["git", "-C", str(package), "--no-optional-locks", *words]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=60)
+
+    try:
+        # A package that was installed into somebody's repository is not part of it.
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
+            return __version__
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        dirty = git("diff", "--quiet", "HEAD", "--", ".").returncode
+    except (OSError, subprocess.SubprocessError):  # no git
+        return __version__
+    return f"{__version__}+g{commit}{'.dirty' if dirty else ''}"
 
 
 def _prepare(run: Run) -> None:

@@ -359,3 +359,26 @@ def test_a_borrowed_model_is_trained_where_it_belongs(tmp_path: Path) -> None:
     assert record["steps"] == 4
     assert (tmp_path / "runs/toy/ours-seed0/model").is_dir()
     assert not (run.folder / "model").exists()
+
+
+def test_a_record_names_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        author = ("-c", "user.name=Toy", "-c", "user.email=toy@example.org")
+        return subprocess.check_output(["git", *author, *words], cwd=tmp_path, text=True).strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert worker.code_version(package) == worker.__version__, "no repository"
+    git("init", "-q")
+    assert worker.code_version(package) == worker.__version__, "a repository that does not hold it"
+    git("add", "package")
+    git("commit", "-q", "-m", "Begin")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert worker.code_version(package) == f"{worker.__version__}+g{commit}"
+    (tmp_path / "other.txt").write_text("no part of the package")
+    assert worker.code_version(package) == f"{worker.__version__}+g{commit}"
+    (package / "__init__.py").write_text("changed = True")
+    assert worker.code_version(package) == f"{worker.__version__}+g{commit}.dirty"
+    monkeypatch.setenv("PATH", "")
+    assert worker.code_version(package) == worker.__version__, "no git"
