@@ -170,12 +170,20 @@ def think(
 
 @dataclass
 class LoopReport:
-    """Loops spent by the tokens of a generation: those of the prompts and the new ones apart.
+    """Loops spent by the tokens of a generation, those of the prompts and the new ones apart; what drafts were worth.
 
-    Padding, and tokens of rows that had finished, are not counted. The last new token is never fed to the
-    model, so it has spent none and is not there.
+    Padding, tokens of rows that had finished and drafted tokens that were refused are not counted. The last new
+    token is never fed to the model, so it has spent none and is not there.
+
+    Attributes:
+        checks: drafts that were checked, one a row.
+        drafted: tokens that they held.
+        kept: those that the full depth agreed with.
     """
 
+    checks: int = 0
+    drafted: int = 0
+    kept: int = 0
     _spent: dict[str, list[Tensor]] = field(default_factory=lambda: {"prompt": [], "new": []})
 
     def add(self, part: Literal["prompt", "new"], loops: Tensor, real: Tensor | None = None) -> None:
@@ -193,7 +201,10 @@ class LoopReport:
         return sum(i * n for i, n in enumerate(counts)) / sum(counts) if sum(counts) else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: for ``prompt`` and ``new`` the tokens, their mean loops (None of none) and the histogram."""
+        """JSON-ready: for ``prompt`` and ``new`` the tokens, their mean loops (None of none) and the histogram.
+
+        And for ``drafts``, where there were any, how many were checked, and how many of their tokens were kept.
+        """
         parts: dict[str, Any] = {}
         names: tuple[Literal["prompt"], Literal["new"]] = ("prompt", "new")
         for part in names:
@@ -201,6 +212,8 @@ class LoopReport:
             tokens = sum(counts)
             total = sum(i * n for i, n in enumerate(counts))
             parts[part] = {"tokens": tokens, "mean": total / tokens if tokens else None, "histogram": counts}
+        if self.checks:
+            parts["drafts"] = {"checks": self.checks, "drafted": self.drafted, "kept": self.kept}
         return parts
 
 

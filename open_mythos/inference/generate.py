@@ -17,6 +17,7 @@ from torch import Tensor
 from open_mythos.inference.exit_cache import ExitCache
 from open_mythos.inference.exits import LoopReport, Rule, check_rule, forward
 from open_mythos.inference.sampling import Settings, sample
+from open_mythos.inference.speculative import Draft, check_draft, drafted
 from open_mythos.model import KVCache, LoopPolicy, OpenMythos
 from open_mythos.model.decode import Decoder
 from open_mythos.model.transformer import evaluating
@@ -40,6 +41,7 @@ def generate(
     attention_mask: Tensor | None = None,
     cache_policy: LoopPolicy | None = None,
     exit: Rule | None = None,
+    speculate: Draft | None = None,
     report: LoopReport | None = None,
 ) -> Tensor:
     """Continue each prompt.
@@ -60,7 +62,9 @@ def generate(
         cache_policy: how loops share the cache; exact (every loop) when None.
         exit: asked after each loop which tokens leave it, see :mod:`open_mythos.inference.exits`; n_loops is
             then the most. None: the model's own forward.
-        report: counts the loops that tokens spent under ``exit``.
+        speculate: draft tokens with fewer loops, which changes how fast they come and not which, see
+            :mod:`open_mythos.inference.speculative`. Draws for one seed differ, their distribution does not.
+        report: counts the loops that tokens spent under ``exit``, and with ``speculate`` what drafts were worth.
 
     Returns:
         (B, S + new) int64. Finished rows are filled with ``cfg.pad_token_id``, or the EOS id. Fewer new
@@ -71,10 +75,9 @@ def generate(
     """
     ids, mask = _prompts(model, input_ids, attention_mask)
     settings = _settings(model, ids, max_new_tokens, n_loops, temperature, top_k, top_p, eos_token_id, seed)
-    leaving = _leaving(model, settings, exit, report)
-    cache = (KVCache if leaving is None else ExitCache)(cache_policy, settings.columns)
+    steps = _begin(model, ids, mask, settings, cache_policy, exit, speculate, report, alone=True)
     with evaluating(model):
-        new = list(_steps(model, ids, mask, settings, cache, leaving))
+        new = list(steps)
     return torch.cat((ids, torch.stack(new, 1)), 1) if new else ids
 
 
@@ -92,6 +95,7 @@ def stream(
     attention_mask: Tensor | None = None,
     cache_policy: LoopPolicy | None = None,
     exit: Rule | None = None,
+    speculate: Draft | None = None,
     report: LoopReport | None = None,
 ) -> Iterator[Tensor]:
     """:func:`generate`, one step at a time: an iterator over the new tokens of all rows, each (B,) int64.
@@ -101,9 +105,7 @@ def stream(
     """
     ids, mask = _prompts(model, input_ids, attention_mask)
     settings = _settings(model, ids, max_new_tokens, n_loops, temperature, top_k, top_p, eos_token_id, seed)
-    leaving = _leaving(model, settings, exit, report)
-    cache = (KVCache if leaving is None else ExitCache)(cache_policy, settings.columns)
-    return _steps(model, ids, mask, settings, cache, leaving, alone=False)
+    return _begin(model, ids, mask, settings, cache_policy, exit, speculate, report, alone=False)
 
 
 def _settings(
@@ -172,23 +174,50 @@ def _leaving(
 ) -> _Leaving | None:
     if exit is None:
         if report is not None:
-            raise ValueError("report is only counted with an exit rule: pass exit as well, such as Never()")
+            raise ValueError(
+                "report is only counted with an exit rule or drafts: pass exit as well, such as Never(), or speculate"
+            )
         return None
     check_rule(exit, model)
     return _Leaving(model, exit, settings.n_loops, report)
+
+
+def _begin(
+    model: OpenMythos,
+    ids: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    policy: LoopPolicy | None,
+    exit: Rule | None,
+    draft: Draft | None,
+    report: LoopReport | None,
+    alone: bool,
+) -> Iterator[Tensor]:
+    """Check how tokens are to be computed; the new tokens.
+
+    Unless ``alone``, whoever takes them may change the model and its mode in between.
+    """
+    last = ids.new_full((ids.shape[0],), ids.shape[1] - 1) if mask is None else _last_real(mask)
+    if draft is not None:
+        check_draft(draft, model, settings.n_loops, policy)
+        if exit is not None:
+            check_rule(exit, model)
+        return drafted(model, ids, mask, last, draft, settings, exit, report, alone)
+    leaving = _leaving(model, settings, exit, report)
+    cache = (KVCache if leaving is None else ExitCache)(policy, settings.columns)
+    return _steps(model, ids, mask, last, settings, cache, leaving, alone)
 
 
 def _steps(
     model: OpenMythos,
     ids: Tensor,
     mask: Tensor | None,
+    last: Tensor,
     settings: Settings,
     cache: KVCache,
     leaving: _Leaving | None,
-    alone: bool = True,
+    alone: bool,
 ) -> Iterator[Tensor]:
-    """The new tokens. Unless ``alone``, whoever takes them may change the model and its mode in between."""
-    last = ids.new_full((ids.shape[0],), ids.shape[1] - 1) if mask is None else _last_real(mask)
     finished, fill = torch.zeros_like(last, dtype=torch.bool), model.cfg.pad_token_id
     n_loops, eos, fed = settings.n_loops, settings.eos, ids
     decoder: Decoder | None = None

@@ -391,7 +391,8 @@ class OpenMythos(nn.Module):
         Args:
             input_ids: (B, S) prompt ids.
             *args: ``max_new_tokens, n_loops, temperature, top_k``, in that order.
-            **kwargs: the same by name, and top_p, eos_token_id, seed, attention_mask, cache_policy, exit, report.
+            **kwargs: the same by name, and top_p, eos_token_id, seed, attention_mask, cache_policy, exit, speculate,
+                report.
 
         Returns:
             (B, S + new).
