@@ -7,6 +7,9 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -62,9 +65,51 @@ INLINE float lane_sum(lanes v) {
     return v[0] + v[1];
 }
 
+/* A weight matrix as it is stored: float32, bfloat16, or int8 with a factor for each row. */
+typedef struct {
+    const char *at;
+    const float *factor; /* (rows), or null */
+    i64 bytes;           /* of an entry: 4, 2 or 1 */
+} Matrix;
+
+INLINE Matrix plain(const float *at) { return (Matrix){(const char *)at, 0, 4}; }
+
+/* The matrix from this row on, its rows being len long. */
+INLINE Matrix below(Matrix w, i64 row, i64 len) {
+    return (Matrix){w.at + row * len * w.bytes, w.factor ? w.factor + row : 0, w.bytes};
+}
+
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int8_t octets __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+/* LANES entries as float32; a bfloat16 is the upper half of one. GCC widens in five steps what AVX-512 does in one. */
+INLINE lanes load(const char *at, const int bytes) {
+    if (bytes == 4) return *(const lanes *)at;
+#ifdef __AVX512F__
+    if (bytes == 2) return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)at)), 16);
+    return (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)at)));
+#else
+    if (bytes == 2) return (lanes)(__builtin_convertvector(*(const halves *)at, words) << 16);
+    const shorts wide = __builtin_convertvector(*(const octets *)at, shorts);
+    return __builtin_convertvector(__builtin_convertvector(wide, order), lanes);
+#endif
+}
+
+INLINE float load_one(const char *at, const int bytes) {
+    if (bytes == 4) return *(const float *)at;
+    if (bytes == 1) return (float)*(const int8_t *)at;
+    union { uint32_t i; float f; } value = {(uint32_t)*(const uint16_t *)at << 16};
+    return value.f;
+}
+
+/* x times what the codes of row r are multiples of. */
+INLINE float scaled(float x, Matrix w, i64 r, const int bytes) { return bytes == 1 ? x * w.factor[r] : x; }
+
 /* y[r, t] = w[r] . x[t] for R rows and T tokens held in registers. */
-INLINE void dot_tile(const float *w, i64 ldw, const float *x, i64 ldx, i64 len, float *y, i64 row, i64 token,
-                     const int R, const int T, const int first) {
+INLINE void dot_tile(Matrix w, i64 ldw, const float *x, i64 ldx, i64 len, float *y, i64 row, i64 token,
+                     const int R, const int T, const int first, const int bytes) {
     lanes acc[4][4];
     i64 i = 0;
     for (int r = 0; r < R; r++)
@@ -73,8 +118,9 @@ INLINE void dot_tile(const float *w, i64 ldw, const float *x, i64 ldx, i64 len, 
         lanes in[4];
         for (int t = 0; t < T; t++) in[t] = *(const lanes *)(x + t * ldx + i);
         for (int r = 0; r < R; r++) {
-            if (first) __builtin_prefetch(w + (r + R) * ldw + i, 0, 2); /* past the end it does nothing */
-            const lanes row_r = *(const lanes *)(w + r * ldw + i);
+            const char *at = w.at + (r * ldw + i) * bytes;
+            if (first) __builtin_prefetch(at + R * ldw * bytes, 0, 2); /* past the end it does nothing */
+            const lanes row_r = load(at, bytes);
             for (int t = 0; t < T; t++) acc[r][t] += row_r * in[t];
         }
     }
@@ -83,43 +129,55 @@ INLINE void dot_tile(const float *w, i64 ldw, const float *x, i64 ldx, i64 len, 
         if (R == 4) sums = lane_sums(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);
         for (int r = 0; r < R; r++) {
             float sum = R == 4 ? sums[4 * r] : lane_sum(acc[r][t]);
-            for (i64 j = i; j < len; j++) sum += w[r * ldw + j] * x[t * ldx + j];
-            y[r * row + t * token] = sum;
+            for (i64 j = i; j < len; j++) sum += load_one(w.at + (r * ldw + j) * bytes, bytes) * x[t * ldx + j];
+            y[r * row + t * token] = scaled(sum, w, r, bytes);
         }
     }
 }
 
-/* y[r * row + t * token] = w[r] . x[t]: each weight row leaves memory once for all tokens. */
-static void dots(const float *w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 tokens, i64 len, float *y,
-                 i64 row, i64 token) {
+INLINE void dots_of(Matrix w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 tokens, i64 len, float *y, i64 row,
+                    i64 token, const int bytes) {
     i64 r = 0;
     for (; r + 4 <= rows; r += 4) {
-        const float *tile = w + r * ldw;
+        const Matrix tile = below(w, r, ldw);
         float *out = y + r * row;
         i64 t = 0;
         for (; t + 4 <= tokens; t += 4)
-            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 4, t == 0);
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 4, t == 0, bytes);
         for (; t + 2 <= tokens; t += 2)
-            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 2, t == 0);
-        if (t < tokens) dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 1, t == 0);
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 2, t == 0, bytes);
+        if (t < tokens) dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 1, t == 0, bytes);
     }
     for (; r < rows; r++)
         for (i64 t = 0; t < tokens; t++)
-            dot_tile(w + r * ldw, ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 1, 1, 0);
+            dot_tile(below(w, r, ldw), ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 1, 1, 0,
+                     bytes);
+}
+
+/* y[r * row + t * token] = w[r] . x[t]: each weight row leaves memory once for all tokens. */
+static void dots(Matrix w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 tokens, i64 len, float *y, i64 row,
+                 i64 token) {
+    if (w.bytes == 4)
+        dots_of(w, ldw, rows, x, ldx, tokens, len, y, row, token, 4);
+    else if (w.bytes == 2)
+        dots_of(w, ldw, rows, x, ldx, tokens, len, y, row, token, 2);
+    else
+        dots_of(w, ldw, rows, x, ldx, tokens, len, y, row, token, 1);
 }
 
 /* y[t][from..to] += sum over R rows of x[t][r] * w[r][from..to]. */
-INLINE void add_tile(const float *w, i64 ldw, const float *const *x, i64 at, float *const *y, i64 from, i64 to,
-                     const int R, const int T, const int first) {
+INLINE void add_tile(Matrix w, i64 ldw, const float *const *x, i64 at, float *const *y, i64 from, i64 to,
+                     const int R, const int T, const int first, const int bytes) {
     lanes factor[4][4];
     i64 c = from;
     for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) factor[t][r] = (lanes){0} + x[t][at + r];
+        for (int r = 0; r < R; r++) factor[t][r] = (lanes){0} + scaled(x[t][at + r], w, r, bytes);
     for (; c + LANES <= to; c += LANES) {
         lanes row[4];
         for (int r = 0; r < R; r++) {
-            if (first) __builtin_prefetch(w + (r + 2 * R) * ldw + c, 0, 2); /* past the end it does nothing */
-            row[r] = *(const lanes *)(w + r * ldw + c);
+            const char *place = w.at + (r * ldw + c) * bytes;
+            if (first) __builtin_prefetch(place + 2 * R * ldw * bytes, 0, 2); /* past the end it does nothing */
+            row[r] = load(place, bytes);
         }
         for (int t = 0; t < T; t++) {
             lanes sum = *(const lanes *)(y[t] + c);
@@ -129,22 +187,34 @@ INLINE void add_tile(const float *w, i64 ldw, const float *const *x, i64 at, flo
     }
     for (; c < to; c++)
         for (int t = 0; t < T; t++)
-            for (int r = 0; r < R; r++) y[t][c] += w[r * ldw + c] * x[t][at + r];
+            for (int r = 0; r < R; r++)
+                y[t][c] += load_one(w.at + (r * ldw + c) * bytes, bytes) * scaled(x[t][at + r], w, r, bytes);
+}
+
+INLINE void add_rows_of(Matrix w, i64 ldw, i64 rows, const float *const *x, float *const *y, i64 tokens, i64 from,
+                        i64 to, const int bytes) {
+    i64 r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        const Matrix tile = below(w, r, ldw);
+        i64 t = 0;
+        for (; t + 4 <= tokens; t += 4) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 4, t == 0, bytes);
+        for (; t + 2 <= tokens; t += 2) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 2, t == 0, bytes);
+        for (; t < tokens; t++) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 1, t == 0, bytes);
+    }
+    for (; r < rows; r++)
+        for (i64 t = 0; t < tokens; t++) add_tile(below(w, r, ldw), ldw, x + t, r, y + t, from, to, 1, 1, 0, bytes);
 }
 
 /* y[t][from..to] += x[t] (rows) times w (rows, ldw): a few rows at a time, so that they are read in memory order
  * and meet every token while they are in the first cache. */
-static void add_rows(const float *w, i64 ldw, i64 rows, const float *const *x, float *const *y, i64 tokens,
-                     i64 from, i64 to) {
-    i64 r = 0;
-    for (; r + 4 <= rows; r += 4) {
-        i64 t = 0;
-        for (; t + 4 <= tokens; t += 4) add_tile(w + r * ldw, ldw, x + t, r, y + t, from, to, 4, 4, t == 0);
-        for (; t + 2 <= tokens; t += 2) add_tile(w + r * ldw, ldw, x + t, r, y + t, from, to, 4, 2, t == 0);
-        for (; t < tokens; t++) add_tile(w + r * ldw, ldw, x + t, r, y + t, from, to, 4, 1, t == 0);
-    }
-    for (; r < rows; r++)
-        for (i64 t = 0; t < tokens; t++) add_tile(w + r * ldw, ldw, x + t, r, y + t, from, to, 1, 1, 0);
+static void add_rows(Matrix w, i64 ldw, i64 rows, const float *const *x, float *const *y, i64 tokens, i64 from,
+                     i64 to) {
+    if (w.bytes == 4)
+        add_rows_of(w, ldw, rows, x, y, tokens, from, to, 4);
+    else if (w.bytes == 2)
+        add_rows_of(w, ldw, rows, x, y, tokens, from, to, 2);
+    else
+        add_rows_of(w, ldw, rows, x, y, tokens, from, to, 1);
 }
 
 INLINE void norm_row(const float *x, const float *weight, i64 width, float eps, float *y) {

@@ -35,6 +35,7 @@ __all__ = [
     "MAX_TOKENS",
     "Call",
     "Layer",
+    "Matrix",
     "Slot",
     "Step",
     "disabled",
@@ -148,12 +149,24 @@ def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
     return [(name, kind) for kind, names in groups for name in names.split()]
 
 
+class Matrix(ctypes.Structure):
+    """A weight matrix as it is stored: where, the factors of its rows (int8 only), and the bytes of an entry."""
+
+    _fields_ = _fields((_P, "at factor"), (_N, "bytes"))
+
+
 class Layer(ctypes.Structure):
     """Addresses of a transformer block's weights; kernels_decode.c says what each is. What is left out is null."""
 
     _fields_ = _fields(
-        (_P, "attn_norm ffn_norm wo q_down q_up kv_down kv_norm kv_up wq wk wv q_norm k_norm"),
-        (_P, "router router_bias w_in w_out gate_up down"),
+        (_P, "attn_norm ffn_norm"),
+        (Matrix, "wo q_down q_up kv_down kv_up"),
+        (_P, "kv_norm"),
+        (Matrix, "wq wk wv"),
+        (_P, "q_norm k_norm"),
+        (Matrix, "router"),
+        (_P, "router_bias"),
+        (Matrix, "w_in w_out gate_up down"),
         (_N, "Fs"),
     )
 
@@ -177,7 +190,9 @@ class Step(ctypes.Structure):
         (_N, "mask_batch mask_token"),
         (_P, "layers slots input_norm loop_norm log_A log_dt B lora_down lora_B lora_scale"),
         (_P, "update_norm state_norm"),
-        (_P, "halt halt_bias norm head room logits"),
+        (_P, "halt halt_bias norm"),
+        (Matrix, "head"),
+        (_P, "room logits"),
     )
 
 
@@ -236,13 +251,14 @@ def _unwatched() -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_FLOAT = (torch.float32,)
 
 
-def readable(tensor: Tensor) -> bool:
-    """Whether C may use its memory: an ordinary contiguous float32 CPU tensor, not a subclass."""
-    return (
-        type(tensor) in _PLAIN and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
-    )
+def readable(tensor: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether C may use its memory: an ordinary contiguous CPU tensor of these dtypes (float32), not a subclass."""
+    if type(tensor) not in _PLAIN or tensor.dtype not in (dtypes or _FLOAT):
+        return False
+    return tensor.is_cpu and tensor.is_contiguous()
 
 
 def serves(tokens: int, *tensors: Tensor) -> bool:

@@ -14,13 +14,16 @@
 
 /* A transformer block; what it does not have is null. */
 typedef struct {
-    const float *attn_norm, *ffn_norm, *wo;                 /* (D), (D), (D, H V) */
-    const float *q_down, *q_up, *kv_down, *kv_norm, *kv_up; /* MLA: (Q, D), (H (K + P), Q), (R + P, D), (R),
-                                                               (H (K + V), R) */
-    const float *wq, *wk, *wv;                              /* GQA: (H K, D), (G K, D), (G K, D) */
-    const float *q_norm, *k_norm;                           /* MLA: (Q), null; GQA: (K), (K) or both null */
-    const float *router, *router_bias, *w_in, *w_out;       /* (E, D), (E), (E, D, 2F), (E, F, D) */
-    const float *gate_up, *down;                            /* shared expert or dense: (2Fs, D), (D, Fs) */
+    const float *attn_norm, *ffn_norm;        /* (D), (D) */
+    Matrix wo;                                /* (D, H V) */
+    Matrix q_down, q_up, kv_down, kv_up;      /* MLA: (Q, D), (H (K + P), Q), (R + P, D), (H (K + V), R) */
+    const float *kv_norm;                     /* MLA: (R) */
+    Matrix wq, wk, wv;                        /* GQA: (H K, D), (G K, D), (G K, D) */
+    const float *q_norm, *k_norm;             /* MLA: (Q), null; GQA: (K), (K) or both null */
+    Matrix router;                            /* (E, D) */
+    const float *router_bias;                 /* (E) */
+    Matrix w_in, w_out;                       /* (E, D, 2F), (E, F, D) */
+    Matrix gate_up, down;                     /* shared expert or dense: (2Fs, D), (D, Fs) */
     i64 Fs;
 } Layer;
 
@@ -48,7 +51,8 @@ typedef struct {
     const float *lora_down, *lora_B, *lora_scale; /* (L, D), (L, D), (lora_rows, L), or null */
     const float *update_norm, *state_norm;        /* (D) or null */
     const float *halt, *halt_bias;                /* (D), (1), or null: the last state counts */
-    const float *norm, *head;                     /* (D), (vocab, D) */
+    const float *norm;                            /* (D) */
+    Matrix head;                                  /* (vocab, D) */
     float *room, *logits;                         /* as om_room says; (N, vocab) */
 } Step;
 
@@ -65,10 +69,10 @@ INLINE void mine(i64 n, i64 grain, const Work *t, i64 *from, i64 *to) {
 }
 
 /* This thread's rows of y[n * ldy + row] = w[row] . x[n], w (rows, len), x (N, len). */
-static void project(const float *w, i64 rows, i64 len, const float *x, i64 N, float *y, i64 ldy, const Work *t) {
+static void project(Matrix w, i64 rows, i64 len, const float *x, i64 N, float *y, i64 ldy, const Work *t) {
     i64 from, to;
     mine(rows, 4, t, &from, &to);
-    if (from < to) dots(w + from * len, len, to - from, x, len, N, len, y + from, 1, ldy);
+    if (from < to) dots(below(w, from, len), len, to - from, x, len, N, len, y + from, 1, ldy);
 }
 
 /* ---- attention ---- */
@@ -108,10 +112,10 @@ static void attend(const Step *s, const Work *t, const Slot *slot, const float *
                 memset(mixed[next - h], 0, sizeof(float) * (size_t)width);
             }
             float *scores = t->scores + (n * s->H + h) * s->C;
-            dots(slot->keys + row + g * reach, slot->token, s->C, t->queries + (n * s->H + h) * reach, reach,
+            dots(plain(slot->keys + row + g * reach), slot->token, s->C, t->queries + (n * s->H + h) * reach, reach,
                  next - h, reach, scores, 1, s->C);
             for (i64 i = h; i < next; i++) softmax_row(scores + (i - h) * s->C, seen, s->scale, s->C);
-            add_rows(values + row + g * width, slot->token, s->C, in, mixed, next - h, 0, width);
+            add_rows(plain(values + row + g * width), slot->token, s->C, in, mixed, next - h, 0, width);
         }
     }
 }
@@ -142,7 +146,8 @@ static void latent_attention(const Step *s, const Layer *l, const Slot *slot, co
     }
     mine(H, 1, t, &from, &to);
     if (from < to)
-        dots(l->q_up + from * head * Q, Q, (to - from) * head, t->low, Q, N, Q, t->full + from * head, 1, H * head);
+        dots(below(l->q_up, from * head, Q), Q, (to - from) * head, t->low, Q, N, Q, t->full + from * head, 1,
+             H * head);
     for (i64 h = from; h < to; h++) {
         const float *in[N];
         float *out[N];
@@ -153,12 +158,12 @@ static void latent_attention(const Step *s, const Layer *l, const Slot *slot, co
             memset(out[n], 0, sizeof(float) * (size_t)R);
             rotate(in[n] + K, cosine, cosine + s->rope_half, P, out[n] + R);
         }
-        add_rows(l->kv_up + h * (K + V) * R, R, K, in, out, N, 0, R);
+        add_rows(below(l->kv_up, h * (K + V), R), R, K, in, out, N, 0, R);
     }
 #pragma omp barrier
     attend(s, t, slot, slot->keys, 1, width, R, from, to, t->mixed);
     for (i64 h = from; h < to; h++)
-        dots(l->kv_up + (h * (K + V) + K) * R, R, V, t->mixed + h * R, H * R, N, R, t->values + h * V, 1, H * V);
+        dots(below(l->kv_up, h * (K + V) + K, R), R, V, t->mixed + h * R, H * R, N, R, t->values + h * V, 1, H * V);
 }
 
 /* GQA (model/attention.py): normed (N, D) -> values (N, H, K). */
@@ -247,7 +252,7 @@ static void routed_experts(const Step *s, const Layer *l, const Work *t) {
             memset(out[i] + low, 0, sizeof(float) * (size_t)(high - low));
             memset(out[i] + F + low, 0, sizeof(float) * (size_t)(high - low));
         }
-        const float *w = l->w_in + e * D * 2 * F;
+        const Matrix w = below(l->w_in, e * D, 2 * F);
         if (low == 0 && high == F)
             add_rows(w, 2 * F, D, in, out, m, 0, 2 * F);
         else {
@@ -262,7 +267,7 @@ static void routed_experts(const Step *s, const Layer *l, const Work *t) {
             in[i] = h + low;
             out[i] = t->sum + slots[begin + i] / s->k * D;
         }
-        add_rows(l->w_out + (e * F + low) * D, D, high - low, in, out, m, 0, D);
+        add_rows(below(l->w_out, e * F + low, D), D, high - low, in, out, m, 0, D);
     }
 }
 
@@ -271,28 +276,28 @@ static void feed_forward(const Step *s, const Layer *l, const Work *t) {
     const i64 N = s->N, D = s->D, Fs = l->Fs;
     i64 from, to;
     for (i64 n = 0; n < N; n++) norm_row(t->y + n * D, l->ffn_norm, D, s->eps, t->normed + n * D);
-    if (l->router) project(l->router, s->E, D, t->normed, N, t->routes, s->E, t);
+    if (l->router.at) project(l->router, s->E, D, t->normed, N, t->routes, s->E, t);
     if (Fs) {
         mine(Fs, LANES, t, &from, &to);
-        dots(l->gate_up + from * D, D, to - from, t->normed, D, N, D, t->side + from, 1, 2 * Fs);
-        dots(l->gate_up + (Fs + from) * D, D, to - from, t->normed, D, N, D, t->side + Fs + from, 1, 2 * Fs);
+        dots(below(l->gate_up, from, D), D, to - from, t->normed, D, N, D, t->side + from, 1, 2 * Fs);
+        dots(below(l->gate_up, Fs + from, D), D, to - from, t->normed, D, N, D, t->side + Fs + from, 1, 2 * Fs);
         for (i64 n = 0; n < N; n++) {
             float *h = t->side + n * 2 * Fs;
 #pragma omp simd
             for (i64 c = from; c < to; c++) h[c] = silu(h[c]) * h[Fs + c];
         }
     }
-    if (l->router) {
+    if (l->router.at) {
 #pragma omp barrier
         routed_experts(s, l, t);
     }
 #pragma omp barrier
     mine(D, LANES, t, &from, &to);
-    if (Fs && from < to) dots(l->down + from * Fs, Fs, to - from, t->side, 2 * Fs, N, Fs, t->z + from, 1, D);
+    if (Fs && from < to) dots(below(l->down, from, Fs), Fs, to - from, t->side, 2 * Fs, N, Fs, t->z + from, 1, D);
     for (i64 n = 0; n < N; n++)
         for (i64 i = n * D + from; i < n * D + to; i++) {
             float sum = t->y[i] + (Fs ? t->z[i] : 0.0f);
-            for (i64 part = 0; l->router && part < t->parts; part++) sum += t->sums[part * N * D + i];
+            for (i64 part = 0; l->router.at && part < t->parts; part++) sum += t->sums[part * N * D + i];
             t->z[i] = sum;
         }
 }
@@ -310,7 +315,7 @@ static void block(const Step *s, const Layer *l, const Slot *slot, const Work *t
         grouped_attention(s, l, slot, t);
 #pragma omp barrier
     mine(D, LANES, t, &from, &to);
-    if (from < to) dots(l->wo + from * width, width, to - from, t->values, width, N, width, t->y + from, 1, D);
+    if (from < to) dots(below(l->wo, from, width), width, to - from, t->values, width, N, width, t->y + from, 1, D);
     for (i64 n = 0; n < N; n++)
         for (i64 i = n * D + from; i < n * D + to; i++) t->y[i] += t->x[i];
 #pragma omp barrier
@@ -346,7 +351,7 @@ static void next_state(const Step *s, i64 loop, const Work *t) {
         const float *z = t->z + n * D, *e = t->e + n * D;
 #pragma omp simd
         for (i64 i = 0; i < D; i++) u[i] = s->keeps_input ? z[i] : z[i] - x[i];
-        if (s->L) dots(s->lora_down, D, s->L, z, D, 1, D, t->low, 1, 1);
+        if (s->L) dots(plain(s->lora_down), D, s->L, z, D, 1, D, t->low, 1, 1);
         for (i64 r = 0; r < s->L; r++) {
             const float amount = t->low[r] * scale[r], *row = s->lora_B + r * D;
 #pragma omp simd
@@ -367,7 +372,7 @@ static void observe(const Step *s, i64 loop, const Work *t) {
         if (s->halt && loop && !(t->mass[n] > s->still_running)) continue;
         memcpy(t->chosen + n * s->D, h, sizeof(float) * (size_t)s->D);
         if (!s->halt) continue;
-        dots(s->halt, s->D, 1, h, s->D, 1, s->D, &logit, 1, 1);
+        dots(plain(s->halt), s->D, 1, h, s->D, 1, s->D, &logit, 1, 1);
         t->mass[n] = (loop ? t->mass[n] : 1.0f) * (1.0f - 1.0f / (1.0f + expf(-(logit + *s->halt_bias))));
     }
 }

@@ -26,6 +26,7 @@ from open_mythos import kernels
 from open_mythos.config import MythosConfig
 from open_mythos.model.attention import GQAttention, MLAttention, SequenceContext
 from open_mythos.model.cache import KVCache
+from open_mythos.model.coded import Coded, CodedExperts, CodedLinear
 from open_mythos.model.layers import Expert, RMSNorm, rope_table
 from open_mythos.model.moe import MoEFFN
 from open_mythos.model.recurrence import ACTHalting, HaltingWeights, LoRAAdapter, LTIInjection
@@ -41,6 +42,8 @@ _METHODS: dict[type, tuple[str, ...]] = {
     MLAttention: ("forward",),
     GQAttention: ("forward",),
     MoEFFN: ("forward", "route"),
+    CodedExperts: ("forward", "route", "_routed"),
+    CodedLinear: ("forward", "weight"),
     Expert: ("forward",),
     LTIInjection: ("forward", "get_A"),
     LoRAAdapter: ("forward",),
@@ -50,6 +53,7 @@ _METHODS: dict[type, tuple[str, ...]] = {
     nn.Linear: ("forward",),
     nn.Embedding: ("forward",),
 }
+_STORED = (torch.float32, torch.bfloat16, torch.int8)
 _ORIGINALS = [(kind, name, getattr(kind, name)) for kind, names in _METHODS.items() for name in names]
 
 
@@ -72,7 +76,7 @@ class _Plan:
             attributes[name] for attributes in own for name in ("_forward_hooks", "_forward_pre_hooks")
         ]
         tensors = [tensor for each in held for tensor in each.values()]
-        self._tensors = [tensor for tensor in tensors if kernels.readable(tensor)]
+        self._tensors = [tensor for tensor in tensors if kernels.readable(tensor, *_STORED)]
         self._seen = self._now()
         self.fields: dict[str, Any] = {}
         self.layers: list[kernels.Layer] | None = None  # None: the plain path must run
@@ -268,7 +272,7 @@ def _recurrence(loop: RecurrentBlock, cfg: MythosConfig) -> dict[str, Any]:
     if lora is not None:
         _check(lora, LoRAAdapter)
         rows, rank = lora.scale.weight.shape
-        fields["lora_down"] = _linear(lora.down, rank, cfg.dim)
+        fields["lora_down"] = _plain(lora.down, rank, cfg.dim)
         fields["lora_B"] = _address(lora, "B", rank, cfg.dim)
         fields["lora_scale"] = _address(lora.scale, "weight", rows, rank)
         fields |= {"lora_rows": rows, "L": rank}
@@ -292,24 +296,25 @@ def _attention_sizes(cfg: MythosConfig) -> dict[str, Any]:
 def _layer(block: TransformerBlock, cfg: MythosConfig) -> kernels.Layer:
     """Addresses of one block."""
     _check(block, TransformerBlock)
-    attn, ffn, width, eps = block.attn, block.ffn, cfg.dim, cfg.norm_eps
+    ffn: Any = block.ffn
+    attn, width, eps = block.attn, cfg.dim, cfg.norm_eps
     if (block.dropout and block.training) or (attn.dropout and attn.training):
         raise _WatchedError
-    fields = {
+    fields: dict[str, Any] = {
         "attn_norm": _norm(block.attn_norm, width, eps),
         "ffn_norm": _norm(block.ffn_norm, width, eps),
     }
     fields |= _latent(attn, cfg) if cfg.attn_type == "mla" else _grouped(attn, cfg)
     dense: nn.Module | None = ffn
-    if type(ffn) is MoEFFN:
-        _check(ffn, MoEFFN)
+    if type(ffn) in (MoEFFN, CodedExperts):
+        _check(ffn, type(ffn))
         count, hidden = cfg.n_experts, cfg.expert_dim
         if not 1 <= ffn.topk <= count:  # the C code would look for an expert that is not there
             raise _WatchedError
         fields["router"] = _linear(ffn.router, count, width)
         fields["router_bias"] = _address(ffn, "router_bias", count)
-        fields["w_in"] = _address(ffn, "w_in", count, width, 2 * hidden)
-        fields["w_out"] = _address(ffn, "w_out", count, hidden, width)
+        fields["w_in"] = _experts(ffn, "in", count, width, 2 * hidden)
+        fields["w_out"] = _experts(ffn, "out", count, hidden, width)
         dense = ffn.shared
     if dense is not None:
         _check(dense, Expert)
@@ -320,7 +325,7 @@ def _layer(block: TransformerBlock, cfg: MythosConfig) -> kernels.Layer:
     return kernels.Layer(**fields)
 
 
-def _latent(attn: Any, cfg: MythosConfig) -> dict[str, int]:
+def _latent(attn: Any, cfg: MythosConfig) -> dict[str, Any]:
     _check(attn, MLAttention)
     heads, rank, query = cfg.n_heads, cfg.kv_lora_rank, cfg.q_lora_rank
     nope, rope, value = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
@@ -335,10 +340,10 @@ def _latent(attn: Any, cfg: MythosConfig) -> dict[str, int]:
     }
 
 
-def _grouped(attn: Any, cfg: MythosConfig) -> dict[str, int]:
+def _grouped(attn: Any, cfg: MythosConfig) -> dict[str, Any]:
     _check(attn, GQAttention)
     heads, groups, size = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-    fields = {
+    fields: dict[str, Any] = {
         "wq": _linear(attn.wq, heads * size, cfg.dim),
         "wk": _linear(attn.wk, groups * size, cfg.dim),
         "wv": _linear(attn.wv, groups * size, cfg.dim),
@@ -370,11 +375,34 @@ def _address(module: nn.Module, name: str, *shape: int) -> int:
     return tensor.data_ptr()
 
 
-def _linear(module: Any, rows: int, width: int) -> int:
+def _plain(module: Any, rows: int, width: int) -> int:
     _check(module, nn.Linear)
     if module._parameters.get("bias") is not None:
         raise _WatchedError
     return _address(module, "weight", rows, width)
+
+
+def _linear(module: Any, rows: int, width: int) -> kernels.Matrix:
+    if type(module) is not CodedLinear:
+        return kernels.Matrix(_plain(module, rows, width), None, 4)
+    _check(module, CodedLinear)
+    return _coded(module.coded, rows, width)
+
+
+def _experts(module: Any, name: str, *shape: int) -> kernels.Matrix:
+    if type(module) is MoEFFN:
+        return kernels.Matrix(_address(module, f"w_{name}", *shape), None, 4)
+    return _coded(getattr(module, f"coded_{name}"), *shape)
+
+
+def _coded(module: Any, *shape: int) -> kernels.Matrix:
+    if type(module) is not Coded:
+        raise _WatchedError
+    codes = module.codes
+    if codes.shape != shape or not kernels.readable(codes, torch.bfloat16, torch.int8):
+        raise _WatchedError
+    factor = None if module.factor is None else _address(module, "factor", *shape[:-1])
+    return kernels.Matrix(codes.data_ptr(), factor, codes.element_size())
 
 
 def _norm(module: Any, width: int, eps: float) -> int:

@@ -250,13 +250,13 @@ def test_a_decoder_hands_over_the_cache_that_the_model_would_leave(padded):
 
 @needs_kernels
 def test_structures_have_the_fields_of_the_c_source():
-    source = kernels.PARTS[0].read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (kernels.SOURCE, kernels.PARTS[0]))
     source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
-    for kind in (kernels.Layer, kernels.Slot, kernels.Step):
+    for kind in (kernels.Matrix, kernels.Layer, kernels.Slot, kernels.Step):
         body = re.search(rf"typedef struct {{([^}}]*)}} {kind.__name__};", source).group(1)
         found = []
-        for base, names in re.findall(r"(float|i64|unsigned char|Layer|Slot)\b([^;]*);", body):
-            number = kernels._N if base == "i64" else kernels._F
+        for base, names in re.findall(r"(char|float|i64|unsigned char|Matrix|Layer|Slot)\b([^;]*);", body):
+            number = {"i64": kernels._N, "Matrix": kernels.Matrix}.get(base, kernels._F)
             found += [(n.strip(" *"), kernels._P if "*" in n else number) for n in names.split(",")]
         assert kind._fields_ == found
 
