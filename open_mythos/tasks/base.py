@@ -79,6 +79,10 @@ class Task(ABC):
     def width(self, level: int) -> int:
         """S of a batch whose greatest difficulty is ``level``."""
 
+    def train_width(self, level: int) -> int:
+        """S of a training batch whose greatest difficulty is ``level``; held-out ones are ``width`` wide."""
+        return self.width(level)
+
     @abstractmethod
     def _draw(self, levels: Tensor, width: int, generator: torch.Generator) -> Batch:
         """One instance for each entry of ``levels`` (B,), padded to ``width``; splits are not its concern."""

@@ -109,14 +109,15 @@ def _check_lengths(config: RunConfig, task: Task) -> None:
     """Refuse now what would end the run after its training: a sweep over sequences too long for the model."""
     own, longest = getattr(task, task.difficulty), config.model.max_seq_len
     hardest = own[1] if isinstance(own, tuple) else own
-    levels = [(f"data.{task.difficulty}", hardest), *(("eval.levels", level) for level in config.eval.levels)]
-    for name, level in levels:
+    levels = [(f"data.{task.difficulty}", hardest, task.train_width)]
+    levels += [("eval.levels", level, task.width) for level in config.eval.levels]
+    for name, level, width in levels:
         least, most = task.bounds
         if level < least or (most is not None and level > most):
             allowed = f"{least} to {most}" if most is not None else f"at least {least}"
             raise ConfigError(f"{name} = {level} is not allowed: for this task it must be {allowed}")
-        if task.width(level) > longest:
+        if width(level) > longest:
             raise ConfigError(
-                f"{name} = {level} is not allowed: it makes sequences of {task.width(level)} tokens, more than "
+                f"{name} = {level} is not allowed: it makes sequences of {width(level)} tokens, more than "
                 f"model.max_seq_len ({longest})"
             )

@@ -48,7 +48,7 @@ def mean_loops(run: Run) -> float:
 
 def widest(task: Task) -> int:
     level = getattr(task, task.difficulty)
-    return task.width(level if isinstance(level, int) else level[1])
+    return task.train_width(level if isinstance(level, int) else level[1])
 
 
 @pytest.mark.parametrize("name", TASKS)

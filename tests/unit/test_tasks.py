@@ -33,6 +33,7 @@ EVERY_TASK = [
     DigitChain(length=5, modulus=3, seq_len=11),
     KHop(hops=(1, 5), nodes=7),
     KHop(hops=1, nodes=5),
+    KHop(hops=(1, 3), nodes=4, queries=3),
     Addition(digits=3),
     Addition(digits=(1, 5)),
     Addition(digits=(1, 5), layout="columns"),
@@ -66,12 +67,15 @@ def expected_digit_chain(ids: list[int], task: DigitChain) -> list[int]:
 
 def expected_khop(ids: list[int], task: KHop) -> list[int]:
     arrow = {ids[3 * i + 1]: ids[3 * i + 2] for i in range(task.nodes)}
-    node = ids[3 * task.nodes + 1]
+    edges = ids[: 3 * task.nodes]
     wanted = [IGNORE_INDEX] * len(ids)
-    for position in range(3 * task.nodes + 2, len(ids)):
-        if ids[position] == 3:
+    for position in range(3 * task.nodes, len(ids)):
+        if ids[position] == 2:
+            node = ids[position + 1]
+            trained = int(split_of(torch.tensor([[*edges, 2, node]]))) == 0
+        elif ids[position] == 3:
             node = arrow[node]
-            wanted[position] = node
+            wanted[position] = node if trained else IGNORE_INDEX
     return wanted
 
 
@@ -260,6 +264,26 @@ def test_digit_chain_answers_are_balanced_and_lengths_uniform() -> None:
     assert (torch.bincount(lengths)[2:] / 40_000).sub(1 / 4).abs().max().item() < 0.04
 
 
+def test_a_ring_of_khop_is_asked_from_several_starts_in_training_alone() -> None:
+    plain, task = (KHop(hops=(1, 3), nodes=4, queries=queries) for queries in (1, 4))
+    one, many = (t.sample(300, generator=seeded_generator(3)) for t in (plain, task))
+    assert many.ids.shape[1] == task.train_width(3) > task.width(3) == plain.train_width(3)
+    for first, row, targets in zip(one.ids.tolist(), many.ids.tolist(), many.targets.tolist(), strict=True):
+        assert row[:14] == first[:14]
+        hops = first.count(3)
+        starts = row[13 :: 2 + hops][:4]
+        assert sorted(starts) == [4, 5, 6, 7]
+        assert row.count(3) == 4 * hops
+        assert targets.count(IGNORE_INDEX) >= len(row) - 4 * hops
+    # Starts that the held-out splits ask for are seen and not answered.
+    answers = (many.targets != IGNORE_INDEX).sum()
+    assert 0.5 < answers / (many.ids == 3).sum() < 0.98
+    for split in ("validation", "test"):
+        one, many = (t.sample(20, generator=seeded_generator(4), split=split) for t in (plain, task))
+        assert torch.equal(one.ids, many.ids)
+        assert torch.equal(one.targets, many.targets)
+
+
 def test_khop_visits_distinct_nodes_in_a_uniform_way() -> None:
     batch = KHop(hops=6, nodes=7).sample(14_000, generator=seeded_generator(9))
     answers = batch.targets[:, -6:]
@@ -408,6 +432,7 @@ def test_get_task_builds_each_task_by_name() -> None:
         (lambda: DigitChain(modulus=1), r"modulus=1; allowed is an integer >= 2"),
         (lambda: DigitChain(seq_len=2), r"seq_len=2; allowed is an integer >= 3"),
         (lambda: KHop(hops=12), r"hops=12; allowed is an integer >= 1 and <= 11"),
+        (lambda: KHop(queries=13), r"queries=13; allowed is an integer >= 1 and <= 12"),
         (lambda: KHop(nodes=1), r"nodes=1; allowed is an integer >= 2"),
         (lambda: Addition(digits=-1), r"digits=-1"),
         (lambda: Addition(layout="rows"), r"layout='rows'; allowed: 'written', 'columns'"),
