@@ -25,6 +25,9 @@ from open_mythos.model.layers import Expert
 
 __all__ = ["MoEFFN"]
 
+# Added to a share before its logarithm is taken.
+_FLOOR = 0.05
+
 
 class MoEFFN(nn.Module):
     """Top-k routed experts and always-active shared experts.
@@ -98,16 +101,20 @@ class MoEFFN(nn.Module):
     def update_bias(self) -> None:
         """Move the bias towards underused experts by the loads counted since the last call, then forget them.
 
-        b_i ← b_i + rate · clip((mean load − load_i) / mean load, −1, 1). Without counts nothing moves. The
-        model calls this at the start of a training forward, once, outside every recomputed region.
+        b_i ← b_i + rate · (mean_j log s_j − log s_i), with s_i = load_i / mean load + 0.05. An expert whose logits
+        drift ends where its step balances the drift, and the logarithm's step grows, where one in proportion to
+        what is lacking is at most the rate. The 0.05 bounds it for an expert that got nothing, at three times the
+        rate. Without counts nothing moves. The model calls this at the start of a training forward, once, outside
+        every recomputed region.
         """
         if self.bias_rate == 0.0:
             return
         load = self.expert_load.to(torch.float32)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
-        mean = load.mean().clamp(min=1e-9)
-        self.router_bias += self.bias_rate * ((mean - load) / mean).clamp(-1, 1) * (mean > 1e-6)
+        mean = load.mean()
+        share = (load / mean.clamp(min=1e-9) + _FLOOR).log()
+        self.router_bias += self.bias_rate * (share.mean() - share) * (mean > 0)
         self.expert_load.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:

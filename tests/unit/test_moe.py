@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import socket
 import time
 from pathlib import Path
@@ -169,8 +170,29 @@ def test_balancing_works_in_a_plain_training_loop() -> None:
     assert end.max() < 0.25
 
 
+def error(load: Tensor) -> Tensor:
+    """What the documented step multiplies by the rate."""
+    share = (load.double() / load.double().mean() + 0.05).log()
+    return share.mean() - share
+
+
+def test_a_step_is_greater_the_less_an_expert_got_and_bounded() -> None:
+    moe = moe_of(build(router_bias_rate=0.1))
+    moe.expert_load.copy_(torch.tensor([0, 1, 5, 10, 10, 34]))
+    moe.update_bias()
+    bias = moe.router_bias
+    assert (bias.diff() <= 0).all()
+    assert bias[3] == bias[4]
+    assert abs(float(bias.sum())) < 1e-6, "what all have in common chooses nobody, and would only grow"
+    gains = bias - bias[3]
+    assert float(gains[0]) == pytest.approx(0.1 * math.log(1.05 / 0.05), abs=1e-6)
+    assert float(gains[2]) == pytest.approx(0.1 * math.log(1.05 / 0.55), abs=1e-6)
+    moe.update_bias()
+    assert torch.equal(moe.router_bias, bias), "no counts, no step"
+
+
 def test_one_update_is_the_documented_step() -> None:
-    """b <- b + rate * clip((mean - load) / mean, -1, 1), with the last forward's loads over its loops."""
+    """With the last forward's loads over its loops."""
     model = build(router_bias_rate=0.25)
     moe, ids = moe_of(model), torch.randint(0, 31, (4, 16))
     model(ids, n_loops=3)
@@ -178,9 +200,7 @@ def test_one_update_is_the_documented_step() -> None:
     load = moe.expert_load.clone()
     assert load.sum() == 4 * 16 * 2 * 3
     model(ids, n_loops=1)
-    mean = load.double().mean()
-    expected = 0.25 * ((mean - load) / mean).clamp(-1, 1)
-    torch.testing.assert_close(moe.router_bias.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(moe.router_bias.double(), 0.25 * error(load), rtol=0, atol=1e-6)
     assert moe.expert_load.sum() == 4 * 16 * 2
 
 
@@ -396,8 +416,7 @@ def test_two_processes_share_one_bias_that_follows_the_summed_loads(
         assert torch.equal(states[0]["bias"], states[1]["bias"])
         torch.testing.assert_close(states[0]["bias"], bias, rtol=0, atol=1e-6)
         assert not torch.equal(states[0]["load"], states[1]["load"]), "each rank counts its own tokens"
-        load = (states[0]["load"] + states[1]["load"]).float()
-        bias = bias + 0.1 * ((load.mean() - load) / load.mean()).clamp(-1, 1)
+        bias = bias + 0.1 * error(states[0]["load"] + states[1]["load"]).float()
     for name, weight in ranks[0]["weights"].items():
         assert torch.equal(weight, ranks[1]["weights"][name]), name
     check_against_one_process(ranks[0]["weights"], kind)
@@ -410,7 +429,7 @@ def check_against_one_process(weights: dict[str, Tensor], kind: str) -> None:
     load = torch.zeros(6)
     for both in zip(data(0), data(1), strict=True):
         if load.any():
-            moe.router_bias += 0.1 * ((load.mean() - load) / load.mean()).clamp(-1, 1)
+            moe.router_bias += 0.1 * error(load).float()
         moe.expert_load.zero_()
         optimiser.zero_grad()
         for ids in both:
