@@ -44,7 +44,7 @@ def test_the_grid_is_every_task_with_every_number_of_experts(tmp_path: Path):
     }
     assert {c.model.n_experts_per_tok * c.model.expert_dim for c in ours} == {64}
     rates = {run.options["place"]["row"]: run.config.model.router_bias_rate for run in runs}
-    assert rates["free"] == 0 < rates["ours"] < rates["faster"]
+    assert rates["free"] == 0 < rates["ours"]
 
 
 def test_one_starved_expert_anywhere_fails_the_claim():
