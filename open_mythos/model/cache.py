@@ -89,6 +89,9 @@ class KVCache:
         capacity: tokens to make room for at once, per slot.
     """
 
+    plain = True
+    """Whether what is kept are the keys and values themselves, which a kernel may read and write in place."""
+
     def __init__(self, policy: LoopPolicy | None = None, capacity: int = 0) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
             raise CacheError(

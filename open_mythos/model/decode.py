@@ -127,7 +127,7 @@ def decode(model: OpenMythos, ids: Tensor, ctx: SequenceContext, n_loops: int) -
         (B, S, V) or None.
     """
     (batch, new), rope, mask = ids.shape, ctx.rope, ctx.mask
-    if ctx.cache is None or not kernels.serves(batch * new, rope):
+    if ctx.cache is None or not ctx.cache.plain or not kernels.serves(batch * new, rope):
         return None
     plan = _plan(model)
     if plan is None:
@@ -173,7 +173,7 @@ class Decoder:
             count: tokens to make room for; with the cached ones at most ``max_seq_len``.
         """
         weight = model.embed.weight
-        if cache.packed or count < 1 or not kernels.serves(cache.batch_size or 0, weight):
+        if cache.packed or not cache.plain or count < 1 or not kernels.serves(cache.batch_size or 0, weight):
             return None
         plan = _plan(model)
         return None if plan is None else cls(model, plan, cache, n_loops, count)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from open_mythos import KVCache, MythosConfig, OpenMythos, kernels
-from open_mythos.inference.quantise import quantise
+from open_mythos import KVCache, LastLoop, MythosConfig, OpenMythos, kernels
+from open_mythos.inference.quantise import Int8Cache, Int8Entries, quantise
+from open_mythos.model import CacheError
 from open_mythos.model.coded import Coded, CodedExperts, CodedLinear
+from open_mythos.model.decode import Decoder
 
 needs_kernels = pytest.mark.skipif("are on" not in kernels.status(), reason=kernels.status())
 
@@ -164,3 +166,95 @@ def test_a_conversion_keeps_the_codes(kind: str) -> None:
 def test_bad_input_is_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(model_of())  # type: ignore[operator]
+
+
+# Cache entries.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "group"), [(64, 32), (20, 8), (7, 32), (9, 1)])
+def test_entries_are_off_by_half_a_step_and_coding_them_again_changes_nothing(
+    width: int, group: int, dtype: torch.dtype
+) -> None:
+    # Sizes over twenty powers of two, zeros, and a group whose largest is just at the end of the codes.
+    x = torch.randn(2, 50, 3, width, dtype=dtype) * torch.randn(2, 50, 3, 1).mul(10).exp2().to(dtype)
+    x[0, 0] = 0
+    x[0, 1] = 127 * 2.0**-9
+    x[0, 2] = 63.5
+    entries = Int8Entries(group)
+    stored = entries.encode({"k": x})
+    assert {name: tensor.dtype for name, tensor in stored.items()} == dict.fromkeys(
+        ("k", "k.exponent"), torch.int8
+    )
+    assert stored["k"].shape == x.shape
+    assert stored["k.exponent"].shape == (2, 50, 3, -(-width // group))
+    back = entries.decode(stored, dtype)["k"]
+    for part, kept in zip(x.split(group, -1), back.split(group, -1), strict=True):
+        step = part.abs().amax(-1, keepdim=True).double() / 127
+        assert ((kept.double() - part.double()).abs() <= step * 1.0001).all(), "a step is at most doubled"
+    again = entries.encode({"k": back})
+    assert all(torch.equal(again[name], stored[name]) for name in stored)
+    assert torch.equal(entries.decode(again, dtype)["k"], back)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_visible_in_entries(value: float) -> None:
+    x = torch.ones(1, 2, 64)
+    x[0, 1, 40] = value
+    entries = Int8Entries()
+    back = entries.decode(entries.encode({"latent": x}), x.dtype)["latent"]
+    assert back[0, 1, 32:].isnan().all()
+    assert torch.equal(back[0, 0], x[0, 0])
+    assert torch.equal(back[0, 1, :32], x[0, 1, :32])
+
+
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+@pytest.mark.parametrize("policy", [None, LastLoop()])
+def test_chunks_see_tokens_as_one_call_does(attention: str, policy: LastLoop | None) -> None:
+    model = model_of(attention, dim=72 if attention == "mla" else 66).double()
+    ids = torch.randint(0, 61, (2, 14))
+    with torch.inference_mode():
+        one = Int8Cache(policy, entries=Int8Entries(8))
+        whole = model(ids, 3, one)
+        exact = model(ids, 3)
+        cache = Int8Cache(policy, entries=Int8Entries(8))
+        parts = torch.cat([model(part, 3, cache) for part in ids.split((6, 5, 1, 1, 1), 1)], 1)
+    if policy is None:  # one slot for all loops is an approximation of its own
+        assert (whole - parts).abs().max() <= 1e-12
+        assert one.entries.keys() == cache.entries.keys()
+    assert 1e-4 < (whole - exact).abs().max() < 0.2
+    with torch.inference_mode():
+        floats = KVCache(policy)
+        model(ids.clone(), 3, floats)
+    assert one.nbytes < 0.2 * floats.nbytes, "8 bits and an exponent for each 8 channels, against 64 bits"
+
+
+@needs_kernels
+def test_a_coded_cache_keeps_the_kernel_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of(), torch.randint(0, 61, (1, 9))
+    names: list[str] = []
+    call = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *a: names.append(name) or call(name, *a))
+    cache = Int8Cache()
+    with torch.inference_mode():
+        model(ids, 2, cache)
+        model(ids[:, :1], 2, cache)
+        assert Decoder.begin(model, cache, 2, 3) is None
+        assert "om_step" not in names
+        model(ids, 2, KVCache())
+    assert "om_step" in names
+
+
+def test_gradients_are_refused() -> None:
+    model = model_of()
+    model.requires_grad_(True)
+    with pytest.raises(CacheError, match="Int8Cache is for inference"):
+        model(torch.randint(0, 61, (1, 4)), 1, Int8Cache())
+
+
+@pytest.mark.parametrize("group", [0, -1, True, 2.0])
+def test_a_bad_group_is_refused(group: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"group = .* is not allowed: it must be a whole number of at least 1"
+    ):
+        Int8Entries(group)  # type: ignore[arg-type]
