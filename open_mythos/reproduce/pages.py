@@ -28,9 +28,9 @@ nothing here is written by hand. To repeat an experiment, or add one, see [repro
 on the way is in [experiments.md](experiments.md).
 
 Numbers are medians over seeds, with the lowest and the highest in brackets. A claim is met with all its seeds, on the
-test split, which is read once the training is over. "Best" is the best of the loop counts that were measured, chosen for
-each seed on that same split and not on another one, so it is too good by as much as neighbouring counts differ by chance;
-every count is in the result file, and in the figure. What was not reached stays here.
+test split, which is read once the training is over. "Best" is the best of the loop counts that were measured, chosen
+for each seed on that same split and not on another one, so it is too good by as much as neighbouring counts differ by
+chance; every count is in the result file, and in the figure. What was not reached stays here.
 """
 
 
