@@ -125,15 +125,11 @@ class Experts(Grid):
 
     def draw(self, records: Sequence[Record]) -> Figure:
         """The smallest share of any expert, a panel for each number of experts."""
-        from open_mythos.reproduce.grid_figures import lines
-
-        return lines(
+        return self.lines(
             records,
             lambda record: record["measured"]["least"],
             panel="experts",
             along="task",
-            titles={record["measured"]["place"]["row"]: self.title_of(record) for record in records},
-            title=self.title,
             xlabel="",
             ylabel="smallest share of an expert (1 is fair)",
             unit=" experts",

@@ -10,14 +10,17 @@ makes of each [arms.ARM] the arms "ARM-3e-4" and "ARM-1e-3". Several axes give e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from open_mythos.reproduce.base import Arm, Experiment, changes
 from open_mythos.reproduce.runs import Run
 from open_mythos.reproduce.targets import Record
 from open_mythos.training.checks import error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["ROW", "Grid", "cells"]
 
@@ -50,6 +53,13 @@ class Grid(Experiment):
     def title_of(self, record: Record) -> str:
         """The title that the TOML gives to the record's row."""
         return self.arms[record["arm"]].title.split(_BETWEEN)[0]
+
+    def lines(self, records: Sequence[Record], pick: Callable[[Record], float | None], **how: Any) -> Figure:
+        """:func:`~open_mythos.reproduce.grid_figures.lines` under the experiment's own titles."""
+        from open_mythos.reproduce.grid_figures import lines
+
+        titles = {record["measured"]["place"][ROW]: self.title_of(record) for record in records}
+        return lines(records, pick, titles=titles, title=self.title, **how)
 
 
 def cells(records: Sequence[Record], *axes: str) -> dict[tuple[str, ...], list[Record]]:

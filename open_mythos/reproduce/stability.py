@@ -149,18 +149,14 @@ class Stability(Grid):
 
     def draw(self, records: Sequence[Record]) -> Figure:
         """Bits per byte against the learning rate, a panel for each number of loops."""
-        from open_mythos.reproduce.grid_figures import lines
-
         entropies = [r["measured"]["entropy"] for r in records if r["measured"]["entropy"] is not None]
         names = ("single bytes", "learning")
         heights = [min(entropies), min(entropies) - self.options["margin"]] if entropies else []
-        return lines(
+        return self.lines(
             records,
             lambda record: record["measured"]["bits"],
             panel="loops",
             along="lr",
-            titles={record["measured"]["place"]["row"]: self.title_of(record) for record in records},
-            title=self.title,
             xlabel="learning rate",
             ylabel="bits per byte (lower is better)",
             unit=" loops",
