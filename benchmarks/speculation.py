@@ -1,0 +1,257 @@
+"""Speculation by depth on a trained model: speed against the same path without it, acceptance, equal tokens.
+
+Trains a byte model on Python's own text first (benchmarks/speculation.toml, minutes on one GPU), or takes --model.
+Loops and tokens of the draft are chosen on prompts of the validation split; what is reported is measured on the
+test split, turn by turn with plain generation. Results are written as they come.
+
+    python benchmarks/speculation.py --out docs/results/speculation.json
+    python benchmarks/speculation.py --train-only --out runs/speculation.json
+    python benchmarks/speculation.py --model runs/speculation-run/model --out docs/results/speculation.json
+    python benchmarks/speculation.py --toy               # the same code at toy size on the CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos import OpenMythos, from_pretrained, kernels
+from open_mythos.inference.exits import LoopReport
+from open_mythos.inference.generate import generate
+from open_mythos.inference.speculative import Draft
+from open_mythos.training.config import load_config
+from open_mythos.training.sources import evaluation_batches
+
+CONFIG = Path(__file__).with_suffix(".toml")
+TOY = [
+    "model.variant='mythos_nano'", "model.max_loop_iters=8", "data.seq_len=128", "train.steps=150",
+    "train.batch_size=8", "optim.lr=2e-3", "eval.examples=16",
+]  # fmt: skip
+FAST = ["parallel.precision=bf16", "parallel.compile=true", "parallel.graphs=true"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    prompt: int = 128
+    new: int = 128
+    tuning: int = 4
+    timed: int = 16
+    compared: int = 1000
+    batch: int = 50
+    loops: tuple[int, ...] = (1, 2)
+    tokens: tuple[int, ...] = (2, 3, 4, 6, 8)
+
+
+SMALL = Plan(prompt=16, new=32, tuning=2, timed=3, compared=8, batch=4, loops=(1, 2), tokens=(2, 4))
+
+
+def trained(out: Path, toy: bool) -> Path:
+    """Train as the config says; the folder of the model."""
+    folder = out.parent / "speculation-run"
+    command = [sys.executable, "-m", "open_mythos.cli", "train", str(CONFIG)]
+    overrides = TOY if toy else FAST if torch.cuda.is_available() else []
+    subprocess.run([*command, *overrides, "--out", str(folder), "--overwrite"], check=True)
+    return folder / "model"
+
+
+def prompts(split: str, count: int, plan: Plan, toy: bool) -> Tensor:
+    """Pieces of blocks that lie in one document, (N, S)."""
+    config = load_config(CONFIG, TOY if toy else [])
+    config = replace(config, eval=replace(config.eval, examples=count))
+    found: list[Tensor] = []
+    for batch in evaluation_batches(config, split):
+        ids = torch.cat(batch["ids"].split(plan.prompt, 1)[: batch["ids"].shape[1] // plan.prompt])
+        documents = batch.get("document_ids")
+        if documents is not None:
+            owners = torch.cat(documents.split(plan.prompt, 1)[: documents.shape[1] // plan.prompt])
+            ids = ids[(owners == owners[:, :1]).all(1)]
+        found.append(ids)
+        if sum(map(len, found)) >= count:
+            break
+    rows = torch.cat(found)[:count]
+    if len(rows) < count:
+        raise SystemExit(f"{split} has {len(rows)} prompts of {plan.prompt} tokens, and {count} are needed")
+    return rows
+
+
+@torch.inference_mode()
+def bits(model: OpenMythos, ids: Tensor, n_loops: int) -> float:
+    """Bits per byte of prompts."""
+    logs = [model(part, n_loops)[:, :-1].float().log_softmax(-1) for part in ids.split(16)]
+    picked = torch.cat(logs).gather(2, ids[:, 1:].unsqueeze(2))
+    return float(-picked.mean() / math.log(2))
+
+
+Way = Callable[[Tensor, Draft | None, LoopReport | None], list[list[int]]]
+
+
+def by_generate(model: OpenMythos, plan: Plan, temperature: float = 0.0) -> Way:
+    """New tokens of prompts (B, S), all rows together."""
+
+    def run(ids: Tensor, draft: Draft | None, report: LoopReport | None) -> list[list[int]]:
+        with kernels.disabled():  # plain generation's own C kernel does not draft
+            out = generate(
+                model, ids, plan.new, temperature=temperature, top_k=None, seed=0, speculate=draft,
+                report=report if draft else None,
+            )  # fmt: skip
+        return out[:, ids.shape[1] :].tolist()
+
+    return run
+
+
+def timed(way: Way, ids: Tensor, drafts: list[Draft | None]) -> dict[Draft | None, dict[str, float]]:
+    """Tokens a second of each, prompt after prompt at batch 1, turn by turn."""
+    seconds: dict[Draft | None, list[float]] = {draft: [] for draft in drafts}
+    tokens: dict[Draft | None, int] = dict.fromkeys(drafts, 0)
+    reports = {draft: LoopReport() for draft in drafts}
+    for draft in drafts:  # what is compiled or captured on first use
+        way(ids[:1], draft, None)
+    for row in ids.split(1):
+        for draft in drafts:
+            settle(ids.device)
+            start = time.perf_counter()
+            out = way(row, draft, reports[draft])
+            settle(ids.device)
+            seconds[draft].append(time.perf_counter() - start)
+            tokens[draft] += sum(map(len, out))
+    found = {}
+    for draft in drafts:
+        report = reports[draft]
+        found[draft] = {"tokens_per_s": tokens[draft] / sum(seconds[draft])}
+        found[draft] |= {"median_s": statistics.median(seconds[draft])}
+        if draft is not None:
+            found[draft] |= {
+                "acceptance": report.kept / max(1, report.drafted),
+                "tokens_per_check": 1 + report.kept / max(1, report.checks),
+            }
+    return found
+
+
+def settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def compare(way: Way, model: OpenMythos, ids: Tensor, draft: Draft, batch: int) -> dict[str, Any]:
+    """Prompts whose tokens are the same; where not, how far the two likeliest tokens were apart."""
+    differ, gaps = 0, []
+    for part in ids.split(batch):
+        plain, quick = way(part, None, None), way(part, draft, None)
+        for prompt, a, b in zip(part, plain, quick, strict=True):
+            if a == b:
+                continue
+            differ += 1
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            fed = torch.cat((prompt, torch.tensor(a[:at], dtype=torch.int64, device=prompt.device)))
+            top = model(fed.unsqueeze(0))[0, -1].float().topk(2).values
+            gaps.append(float(top[0] - top[1]))
+    found: dict[str, Any] = {"prompts": len(ids), "different": differ, "batch": batch}
+    return found | ({"largest_gap_in_logits_where_different": max(gaps)} if gaps else {})
+
+
+class Results:
+    """Written after every change."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.rows: list[dict[str, Any]] = []
+        self.data: dict[str, Any] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "rows": self.rows,
+        }
+
+    def add(self, **row: Any) -> None:
+        """One more row."""
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """As JSON."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.data, indent=2) + "\n")
+
+
+def name(draft: Draft | None) -> str:
+    return "plain" if draft is None else f"d={draft.loops} g={draft.tokens}"
+
+
+def measure(
+    way: Way, label: dict[str, Any], model: OpenMythos, plan: Plan, ids: dict[str, Tensor], results: Results
+) -> None:
+    """Choose a draft, measure it, compare tokens; one row of results each."""
+    n_loops = model.cfg.max_loop_iters
+    drafts: list[Draft | None] = [Draft(d, g) for d in plan.loops if d < n_loops for g in plan.tokens]
+    tuning = timed(way, ids["validation"], [None, *drafts])
+    for draft, row in tuning.items():
+        results.add(**label, part="choosing", draft=name(draft), **row)
+    best = max(drafts, key=lambda draft: tuning[draft]["tokens_per_s"])
+    assert best is not None
+    found = timed(way, ids["test"][: plan.timed], [None, best])
+    speedup = found[best]["tokens_per_s"] / found[None]["tokens_per_s"]
+    results.add(**label, part="speed", draft=name(None), **found[None])
+    results.add(**label, part="speed", draft=name(best), **found[best], speedup=speedup)
+    print(
+        f"{label['path']:9} {label['dtype']:5} {found[None]['tokens_per_s']:9.1f} {name(best):9} "
+        f"{found[best]['tokens_per_s']:9.1f} {speedup:6.2f}x {found[best]['acceptance']:6.1%}",
+        flush=True,
+    )
+    same = compare(way, model, ids["test"][: plan.compared], best, plan.batch)
+    results.add(**label, part="tokens", draft=name(best), **same)
+    print(f"{'':15} tokens differ in {same['different']} of {same['prompts']} prompts", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/speculation.json"), help="JSON to write")
+    parser.add_argument("--model", type=Path, help="a saved model, instead of training one")
+    parser.add_argument("--train-only", action="store_true", help="train, and stop")
+    parser.add_argument("--toy", action="store_true", help="toy size, on the CPU")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="default: bf16 and fp32 on a GPU, else fp32"
+    )
+    parser.add_argument("--prompts", type=int, help="prompts whose tokens are compared")
+    args = parser.parse_args()
+    plan = SMALL if args.toy else Plan()
+    plan = replace(plan, compared=args.prompts or plan.compared)
+    device = "cuda" if torch.cuda.is_available() and not args.toy else "cpu"
+    folder = args.model or trained(args.out, args.toy)
+    if args.train_only:
+        return
+    ids = {
+        "validation": prompts("validation", plan.tuning, plan, args.toy).to(device),
+        "test": prompts("test", max(plan.timed, plan.compared), plan, args.toy).to(device),
+    }
+    results = Results(args.out)
+    model = from_pretrained(folder).to(device).eval()
+    depths = {n: bits(model, ids["test"][:200], n) for n in range(1, model.cfg.max_loop_iters + 1)}
+    results.data["bits_per_byte"] = depths
+    print("bits per byte by loops: " + ", ".join(f"{n}: {x:.3f}" for n, x in depths.items()))
+    print(f"{'path':9} {'dtype':5} {'plain t/s':>9} {'draft':9} {'t/s':>9} {'gain':>7} {'kept':>6}")
+    for dtype in args.dtypes or (["bf16", "fp32"] if device == "cuda" else ["fp32"]):
+        model = model.to(DTYPES[dtype])
+        label = {"path": "generate", "dtype": dtype}
+        measure(by_generate(model, plan), label, model, plan, ids, results)
+
+
+if __name__ == "__main__":
+    main()
