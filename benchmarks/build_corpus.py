@@ -36,6 +36,7 @@ from typing import Any
 
 from corpus_likeness import CONTAINED, PASSAGE, SHINGLE, SIMILAR, Document, deal, distinct, document
 from corpus_text import FILE_BYTES, fault, sort_of, texts_of, tidy
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -183,8 +184,6 @@ def write_split(path: Path, documents: Iterable[Document]) -> dict[str, Any]:
 
 def train_tokenizer(documents: Sequence[Document], out: Path, vocab_size: int, most: int) -> dict[str, Any]:
     """A byte-level BPE of every n-th document, ``most`` bytes at least if there are; saved to ``out``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     total = sum(len(d.text) for d in documents)
     step = max(1, total // most)
     tokenizer = Tokenizer(models.BPE())
