@@ -236,4 +236,5 @@ INLINE void rotate(const float *x, const float *cosine, const float *sine, i64 w
 }
 
 #include "kernels_decode.c"
+#include "kernels_pages.c"
 #include "kernels_train.c"

@@ -3,7 +3,8 @@
 A decode step reads every weight once for a handful of tokens, and eager PyTorch spends more time between its many
 small operators than in them. :class:`Call` does a step of the whole model, from token ids to logits, in one call
 (kernels_decode.c), for up to 64 tokens without gradients; :mod:`open_mythos.model.decode` decides, and the modules are
-the reference. :mod:`open_mythos.fused` has those for training (kernels_train.c). The sources are compiled with
+the reference. :mod:`open_mythos.model.paged` does parts of a step for rows at different loops (kernels_pages.c), and
+:mod:`open_mythos.fused` has the kernels for training (kernels_train.c). The sources are compiled with
 ``$CC`` or ``cc`` into ``$XDG_CACHE_HOME/open_mythos`` (or ``~/.cache/open_mythos``) under a name made of source,
 flags, compiler, processor and OpenMP library, and use the OpenMP library that torch has loaded, hence torch's
 threads. Where they cannot be built, :func:`status` says why and PyTorch's operators do the work.
@@ -48,7 +49,8 @@ MAX_TOKENS = 64
 """Beyond this many tokens the matrix products of PyTorch are the faster way."""
 
 SOURCE = Path(__file__).with_name("kernels.c")
-PARTS = [SOURCE.with_name(name) for name in ("kernels_decode.c", "kernels_train.c")]  # which it includes
+# What it includes.
+PARTS = [SOURCE.with_name(f"kernels_{part}.c") for part in ("decode", "pages", "train")]
 # Not -ffast-math: NaN and infinity must stay what they are.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 
@@ -131,6 +133,7 @@ _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "om_room": [_P, _P],
     "om_step": [_P],
+    "om_part": [_P, _N],
     "om_norm": [_P, _P, _F, _N, _N, _N, _P, _P],
     "om_norm_back": [_P] * 4 + [_N] * 3 + [_P] * 3,
     "om_gate": [_P, _P, _N, _N, _N, _P],
@@ -172,9 +175,9 @@ class Layer(ctypes.Structure):
 
 
 class Slot(ctypes.Structure):
-    """Where a layer keeps keys and values, and the floats from row to row and from token to token."""
+    """Where a layer keeps keys and values; kernels_decode.c says what the numbers are."""
 
-    _fields_ = _fields((_P, "keys values"), (_N, "batch token"))
+    _fields_ = _fields((_P, "keys values"), (_N, "batch token by_loop"))
 
 
 class Step(ctypes.Structure):
@@ -193,6 +196,9 @@ class Step(ctypes.Structure):
         (_P, "halt halt_bias norm"),
         (Matrix, "head"),
         (_P, "room logits"),
+        (_P, "pages"),
+        (_N, "pages_row pages_layer page"),
+        (_P, "rows past at ruled kept_e kept_h before picked kept_mass"),
     )
 
 

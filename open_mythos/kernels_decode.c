@@ -28,10 +28,11 @@ typedef struct {
 } Layer;
 
 /* Where a layer keeps keys and values, (B, C, G, K) or latents (B, C, R + P): floats from row to row of the batch
- * and from token to token. */
+ * and from token to token. In pages: the pool, the layer's number in the table (plus the row's loop, if by_loop), and
+ * floats from token to token. */
 typedef struct {
     float *keys, *values;
-    i64 batch, token;
+    i64 batch, token, by_loop;
 } Slot;
 
 typedef struct {
@@ -54,6 +55,11 @@ typedef struct {
     const float *norm;                            /* (D) */
     Matrix head;                                  /* (vocab, D) */
     float *room, *logits;                         /* as om_room says; (N, vocab) */
+    const int32_t *pages;                         /* table (rows, layers, blocks) of pages; null: slots are whole */
+    i64 pages_row, pages_layer, page;             /* entries from row to row and from layer to layer; tokens a page */
+    const i64 *rows, *past, *at;                  /* pages: of each of the N / S rows its number, cached tokens, loop */
+    const unsigned char *ruled;                   /* pages: whether its last state counts, whatever halting says */
+    float *kept_e, *kept_h, *before, *picked, *kept_mass; /* om_part: by row number, (D) each, the last (1) */
 } Step;
 
 /* One thread's view: its number, memory that all share, and memory of its own. */
@@ -95,12 +101,23 @@ static void softmax_row(float *s, const unsigned char *mask, float scale, i64 C)
     for (i64 c = 0; c < C; c++) s[c] *= factor;
 }
 
+/* The columns that token n has to look at, but for a mask. In pages there is no mask. */
+INLINE i64 columns(const Step *s, i64 n) { return s->pages ? s->past[n / s->S] + n % s->S + 1 : s->C; }
+
+/* Where a row keeps the keys or values of column c; those up to the page's end follow. */
+INLINE float *column(const Step *s, const Slot *slot, float *buffer, i64 row, i64 c) {
+    if (!s->pages) return buffer + row * slot->batch + c * slot->token;
+    const i64 layer = slot->batch + (slot->by_loop ? s->at[row] : 0);
+    const int32_t *table = s->pages + s->rows[row] * s->pages_row + layer * s->pages_layer;
+    return buffer + ((i64)table[c / s->page] * s->page + c % s->page) * slot->token;
+}
+
 /* Heads from..to: out (N, H, width) = softmax(scale q k^T) v, queries (N, H, reach) and keys (C, G, reach). Heads
  * that read the same keys take them together. MLA is G = 1 with the first R channels of the keys as values. */
-static void attend(const Step *s, const Work *t, const Slot *slot, const float *values, i64 groups, i64 reach,
-                   i64 width, i64 from, i64 to, float *out) {
+static void attend(const Step *s, const Work *t, const Slot *slot, float *values, i64 groups, i64 reach, i64 width,
+                   i64 from, i64 to, float *out) {
     for (i64 n = 0; n < s->N; n++) {
-        const i64 row = n / s->S * slot->batch;
+        const i64 row = n / s->S, C = columns(s, n), each = s->pages ? s->page : C;
         const unsigned char *seen = s->mask ? s->mask + n / s->S * s->mask_batch + n % s->S * s->mask_token : 0;
         for (i64 h = from, next; h < to; h = next) {
             const i64 g = h * groups / s->H;
@@ -112,21 +129,28 @@ static void attend(const Step *s, const Work *t, const Slot *slot, const float *
                 memset(mixed[next - h], 0, sizeof(float) * (size_t)width);
             }
             float *scores = t->scores + (n * s->H + h) * s->C;
-            dots(plain(slot->keys + row + g * reach), slot->token, s->C, t->queries + (n * s->H + h) * reach, reach,
-                 next - h, reach, scores, 1, s->C);
-            for (i64 i = h; i < next; i++) softmax_row(scores + (i - h) * s->C, seen, s->scale, s->C);
-            add_rows(plain(values + row + g * width), slot->token, s->C, in, mixed, next - h, 0, width);
+            for (i64 c = 0; c < C; c += each)
+                dots(plain(column(s, slot, slot->keys, row, c) + g * reach), slot->token, c + each < C ? each : C - c,
+                     t->queries + (n * s->H + h) * reach, reach, next - h, reach, scores + c, 1, s->C);
+            for (i64 i = h; i < next; i++) softmax_row(scores + (i - h) * s->C, seen, s->scale, C);
+            for (i64 c = 0; c < C; c += each) {
+                add_rows(plain(column(s, slot, values, row, c) + g * width), slot->token,
+                         c + each < C ? each : C - c, in, mixed, next - h, 0, width);
+                for (i64 i = h; i < next; i++) in[i - h] += each;
+            }
         }
     }
 }
 
+/* In pages a token's rotation is that of its position. */
 INLINE const float *rope_of(const Step *s, i64 n, i64 width) {
-    return s->rope + n / s->S * s->rope_batch + n % s->S * width;
+    const i64 row = n / s->S;
+    return s->rope + (s->pages ? s->past[row] * width : row * s->rope_batch) + n % s->S * width;
 }
 
 /* Where token n's keys or values go. */
 INLINE float *place(const Step *s, const Slot *slot, float *buffer, i64 n) {
-    return buffer + n / s->S * slot->batch + (s->C - s->S + n % s->S) * slot->token;
+    return column(s, slot, buffer, n / s->S, columns(s, n) - (s->pages ? 1 : s->S - n % s->S));
 }
 
 /* MLA (model/attention.py) on the latents themselves: normed (N, D) -> values (N, H, V). */
@@ -330,22 +354,32 @@ static void layers(const Step *s, const Layer *l, const Slot *slot, i64 count, c
     }
 }
 
+/* The loop that token n is in; all in this one, but where each row has its own. */
+INLINE i64 loop_of(const Step *s, i64 loop, i64 n) { return s->at ? s->at[n / s->S] : loop; }
+
 /* x = norm(h + loop embedding + e) (RecurrentBlock.forward). */
 static void loop_input(const Step *s, i64 loop, const Work *t) {
     const i64 D = s->D, half = (s->loop_dim + 1) / 2;
+    float embedding[s->loop_dim + 1];
     for (i64 i = 0; i < s->N * D; i++) t->x[i] = t->h[i] + t->e[i];
-    for (i64 i = 0; i < s->loop_dim; i++) {
-        const float angle = (float)loop * powf(10000.0f, -(float)(2 * (i % half)) / (float)s->loop_dim);
-        for (i64 n = 0; n < s->N; n++) t->x[n * D + i] += i < half ? sinf(angle) : cosf(angle);
+    for (i64 n = 0, last = -1; n < s->N; n++) {
+        const i64 now = loop_of(s, loop, n);
+        for (i64 i = 0; now != last && i < s->loop_dim; i++) {
+            const float angle = (float)now * powf(10000.0f, -(float)(2 * (i % half)) / (float)s->loop_dim);
+            embedding[i] = i < half ? sinf(angle) : cosf(angle);
+        }
+        last = now;
+        for (i64 i = 0; i < s->loop_dim; i++) t->x[n * D + i] += embedding[i];
+        norm_row(t->x + n * D, s->loop_norm, D, s->eps, t->x + n * D);
     }
-    for (i64 n = 0; n < s->N; n++) norm_row(t->x + n * D, s->loop_norm, D, s->eps, t->x + n * D);
 }
 
 /* h = A h + B e + u, u = block(x) [- x] + lora(block(x)), perhaps normalised; then the norm of the state. */
 static void next_state(const Step *s, i64 loop, const Work *t) {
     const i64 D = s->D;
-    const float *scale = s->lora_scale + (loop < s->lora_rows ? loop : s->lora_rows - 1) * s->L;
     for (i64 n = 0; n < s->N; n++) {
+        const i64 now = loop_of(s, loop, n);
+        const float *scale = s->lora_scale + (now < s->lora_rows ? now : s->lora_rows - 1) * s->L;
         float *h = t->h + n * D;
         float *x = t->x + n * D, *u = x; /* x is made anew in the next loop */
         const float *z = t->z + n * D, *e = t->e + n * D;
@@ -364,23 +398,27 @@ static void next_state(const Step *s, i64 loop, const Work *t) {
     }
 }
 
+/* Whether the model's own halting chooses token n's state. */
+INLINE int halting(const Step *s, i64 n) { return s->halt && !(s->ruled && s->ruled[n / s->S]); }
+
 /* A position that still runs takes this loop's state, then may stop (HaltingWeights.observe). */
 static void observe(const Step *s, i64 loop, const Work *t) {
     for (i64 n = 0; n < s->N; n++) {
         const float *h = t->h + n * s->D;
+        const int halts = halting(s, n);
+        const i64 now = loop_of(s, loop, n);
         float logit;
-        if (s->halt && loop && !(t->mass[n] > s->still_running)) continue;
+        if (halts && now && !(t->mass[n] > s->still_running)) continue;
         memcpy(t->chosen + n * s->D, h, sizeof(float) * (size_t)s->D);
-        if (!s->halt) continue;
+        if (!halts) continue;
         dots(plain(s->halt), s->D, 1, h, s->D, 1, s->D, &logit, 1, 1);
-        t->mass[n] = (loop ? t->mass[n] : 1.0f) * (1.0f - 1.0f / (1.0f + expf(-(logit + *s->halt_bias))));
+        t->mass[n] = (now ? t->mass[n] : 1.0f) * (1.0f - 1.0f / (1.0f + expf(-(logit + *s->halt_bias))));
     }
 }
 
-/* The loops: x holds the prelude's output before, and the chosen state after. */
-static void think(const Step *s, const Layer *l, const Slot *slot, const Work *t) {
+/* e and the first state, of the prelude's output in x. */
+static void first_state(const Step *s, const Work *t) {
     const size_t bytes = sizeof(float) * (size_t)(s->N * s->D);
-    i64 from, to;
     memcpy(t->e, t->x, bytes);
     for (i64 n = 0; s->input_norm && n < s->N; n++)
         norm_row(t->x + n * s->D, s->input_norm, s->D, s->eps, t->e + n * s->D);
@@ -388,19 +426,32 @@ static void think(const Step *s, const Layer *l, const Slot *slot, const Work *t
         memcpy(t->h, t->e, bytes);
     else
         memset(t->h, 0, bytes);
+}
+
+/* A of the injection. */
+static void find_decay(const Step *s, const Work *t) {
+    i64 from, to;
     mine(s->D, LANES, t, &from, &to);
     for (i64 i = from; i < to; i++) {
         const float log = s->log_A[i] + *s->log_dt;
         t->decay[i] = expf(-expf(log < -15.0f ? -15.0f : log > 4.4f ? 4.4f : log));
     }
 #pragma omp barrier
-    for (i64 loop = 0; loop < s->T; loop++) {
-        loop_input(s, loop, t);
-        block(s, l, slot + loop, t);
-        next_state(s, loop, t);
-        observe(s, loop, t);
-    }
-    memcpy(t->x, t->chosen, bytes);
+}
+
+static void one_loop(const Step *s, i64 loop, const Layer *l, const Slot *slot, const Work *t) {
+    loop_input(s, loop, t);
+    block(s, l, slot, t);
+    next_state(s, loop, t);
+    observe(s, loop, t);
+}
+
+/* The loops: x holds the prelude's output before, and the chosen state after. */
+static void think(const Step *s, const Layer *l, const Slot *slot, const Work *t) {
+    first_state(s, t);
+    find_decay(s, t);
+    for (i64 loop = 0; loop < s->T; loop++) one_loop(s, loop, l, slot + loop, t);
+    memcpy(t->x, t->chosen, sizeof(float) * (size_t)(s->N * s->D));
 }
 
 INLINE i64 most(i64 a, i64 b) { return a > b ? a : b; }
@@ -440,6 +491,16 @@ static i64 lay_out(const Step *s, float *room, Work *t) {
     return begin + s->threads * each;
 }
 
+static void embed(const Step *s, const Work *t) {
+    for (i64 n = 0; n < s->N; n++)
+        for (i64 i = 0; i < s->D; i++) t->x[n * s->D + i] = s->embed[s->ids[n] * s->D + i] * s->embed_scale;
+}
+
+static void decode(const Step *s, const Work *t) {
+    for (i64 n = 0; n < s->N; n++) norm_row(t->x + n * s->D, s->norm, s->D, s->eps, t->normed + n * s->D);
+    project(s->head, s->vocab, s->D, t->normed, s->N, s->logits, s->vocab, t);
+}
+
 /* ---- entries ---- */
 
 /* The floats of memory that a step needs as its room. */
@@ -456,12 +517,10 @@ void om_step(const Step *s) {
         const Layer *l = s->layers;
         const Slot *slot = s->slots;
         lay_out(s, s->room, t);
-        for (i64 n = 0; n < s->N; n++)
-            for (i64 i = 0; i < s->D; i++) t->x[n * s->D + i] = s->embed[s->ids[n] * s->D + i] * s->embed_scale;
+        embed(s, t);
         layers(s, l, slot, s->n_prelude, t);
         think(s, l + s->n_prelude, slot + s->n_prelude, t);
         layers(s, l + s->n_prelude + 1, slot + s->n_prelude + s->T, s->n_coda, t);
-        for (i64 n = 0; n < s->N; n++) norm_row(t->x + n * s->D, s->norm, s->D, s->eps, t->normed + n * s->D);
-        project(s->head, s->vocab, s->D, t->normed, s->N, s->logits, s->vocab, t);
+        decode(s, t);
     }
 }

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from open_mythos.inference.exit_rules import Rule
 from open_mythos.inference.generate import _whole
+from open_mythos.inference.kernel_runner import KernelRunner
 from open_mythos.inference.pages import Entries, Layers, PagePool
 from open_mythos.inference.requests import Handle, QueueFull, Request, RequestError, Result, check
 from open_mythos.inference.runner import PlainRunner, RowState, Runner
@@ -378,7 +379,8 @@ class Engine:
 
 def _best(model: OpenMythos) -> MakeRunner:
     """The fastest runner that serves this model here."""
-    return PlainRunner
+    weight = model.embed.weight
+    return KernelRunner if weight.is_cpu and weight.dtype == torch.float32 else PlainRunner
 
 
 def _spread(name: str, value: object, count: int) -> Sequence[Any]:

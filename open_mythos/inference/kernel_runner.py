@@ -1,0 +1,99 @@
+"""The engine's rows in fused kernels of the CPU, where they serve; otherwise the model's modules.
+
+Shape letters: n rows of a call, S tokens of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from open_mythos.inference.pages import PagePool
+from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
+from open_mythos.model import OpenMythos
+from open_mythos.model.paged import MAX_TOKENS, Numbering, PagedDecoder
+from open_mythos.model.recurrence import HaltingWeights
+
+__all__ = ["KernelRunner"]
+
+
+class KernelRunner(PlainRunner):
+    """A :class:`PlainRunner` that computes in kernels as long as they serve: float32, on the CPU, nobody watching.
+
+    Args:
+        model: any model.
+        pool: where keys and values are.
+        state: the rows.
+    """
+
+    def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
+        super().__init__(model, pool, state)
+        self._decoder: PagedDecoder | None = None
+
+    def refresh(self) -> None:
+        """Look whether the kernels still do what the model's modules would."""
+        if self._decoder is not None and self._decoder.holds():
+            return
+        if self._decoder is not None and self.model.cfg.halting == "select":
+            # The kernels keep the mass only.
+            self.state.running.copy_(self.state.mass > 1 - HaltingWeights(self.model.cfg).threshold)
+        self._decoder = None
+        if self.pool.entries is None:
+            layers, names = self.pool.layers, ("e", "h", "before", "chosen", "mass")
+            numbering = Numbering(layers.of_loop(0), layers.of_coda(0), layers.shared)
+            kept = {name: getattr(self.state, name) for name in names}
+            self._decoder = PagedDecoder.begin(
+                self.model, self.pool.tensors, self.pool.table, numbering, kept
+            )
+
+    def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        """As the plain one; short chunks in one kernel."""
+        served = chunk.depth.rule is None and chunk.ids.numel() <= MAX_TOKENS
+        if self._decoder is None or not served:
+            return super().prefill(chunk)
+        ruled = [chunk.depth.ruled] * len(chunk.rows)
+        logits = self._decoder.tokens(chunk.rows, chunk.starts, ruled, chunk.ids, chunk.depth.most)
+        return logits[:, -1] if chunk.last else None, None
+
+    def prelude(self, batch: Batch) -> None:
+        """As the plain one."""
+        if self._decoder is None:
+            super().prelude(batch)
+            return
+        for part in _pieces(batch):
+            self._decoder.prelude(part.rows, part.positions, self._ids(part))
+
+    def loop(self, batch: Batch) -> None:
+        """As the plain one."""
+        if self._decoder is None:
+            super().loop(batch)
+            return
+        for part in _pieces(batch):
+            self._decoder.loop(part.rows, part.positions, part.loops, part.ruled)
+
+    def coda(self, batch: Batch) -> Tensor:
+        """As the plain one."""
+        if self._decoder is None:
+            return super().coda(batch)
+        return torch.cat([self._decoder.coda(p.rows, p.positions, p.ruled) for p in _pieces(batch)])
+
+    def token(self, batch: Batch) -> Tensor | None:
+        """A whole token in one kernel."""
+        if self._decoder is None:
+            return None
+        logits = [
+            self._decoder.tokens(p.rows, p.positions, p.ruled, self._ids(p).unsqueeze(1), p.most[0])[:, 0]
+            for p in _pieces(batch)
+        ]
+        return torch.cat(logits)
+
+    def _ids(self, batch: Batch) -> Tensor:
+        return self.state.ids[list(batch.rows)]
+
+
+def _pieces(batch: Batch) -> list[Batch]:
+    """As many rows at once as the kernels take."""
+    count, most = len(batch.rows), MAX_TOKENS
+    if count <= most:
+        return [batch]
+    return [batch.pick(range(i, min(i + most, count))) for i in range(0, count, most)]

@@ -1,0 +1,137 @@
+"""The engine's rows in fused kernels of the CPU, compared with the model's modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from open_mythos import LastLoop, MythosConfig, OpenMythos, kernels
+from open_mythos.inference import exits, scheduler
+from open_mythos.inference.engine import Engine, Request
+from open_mythos.inference.kernel_runner import KernelRunner
+from open_mythos.inference.runner import PlainRunner
+
+pytestmark = pytest.mark.skipif("are on" not in kernels.status(), reason=kernels.status())
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 23,
+    "dim": 24,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "max_seq_len": 48,
+    "max_loop_iters": 5,
+    "prelude_layers": 1,
+    "coda_layers": 1,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_experts": 4,
+    "n_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "expert_dim": 16,
+    "lora_rank": 4,
+    "act_threshold": 0.2,
+}
+DEPTHS = [1, 3, 5, 2, 8, 4]
+RULES: dict[str, exits.Rule] = {
+    "act": exits.ACT(0.2, min_loops=2),
+    "state": exits.StateChange(0.2, min_loops=2),
+    "kl": exits.PredictionChange(3e-2, max_loops=4),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "mla": {"attn_type": "mla"},
+    "gqa": {"attn_type": "gqa", "qk_norm": True, "halting": "off", "prelude_layers": 2},
+    "no ends": {"attn_type": "mla", "prelude_layers": 0, "coda_layers": 0, "loop_embedding": False},
+    "zeros": {"attn_type": "gqa", "initial_state": "zero", "update_norm": True, "lora_rank": 0},
+}
+
+
+def build(**changes: Any) -> OpenMythos:
+    torch.manual_seed(0)
+    model = OpenMythos(MythosConfig(**(SIZES | changes))).eval()
+    torch.nn.init.normal_(model.recurrent.act.halt.weight, std=0.3)
+    return model
+
+
+def some_prompts(lengths: tuple[int, ...] = (3, 9, 1, 17, 5, 9)) -> list[Tensor]:
+    draws = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 11, (n,), generator=draws) for n in lengths]
+
+
+def answers(
+    monkeypatch: pytest.MonkeyPatch, model: OpenMythos, runner: Any, prompts: list[Tensor], **how: Any
+) -> tuple[list[list[int]], list[Tensor], Engine]:
+    """Tokens, logits and the engine."""
+    seen: dict[int, list[Tensor]] = {}
+    plain = scheduler.draw
+
+    def draw(samplers: Any, logits: Tensor) -> Tensor:
+        for sampler, row in zip(samplers, logits, strict=True):
+            seen.setdefault(sampler.number, []).append(row.clone())
+        return plain(samplers, logits)
+
+    size = {name: how.pop(name) for name in ("max_rows", "prefill_chunk", "policy") if name in how}
+    engine = Engine(model, **({"max_rows": 3, "page_size": 4, "prefill_chunk": 7} | size), runner=runner)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "draw", draw)
+        results = engine.generate(prompts, temperature=0, **how)
+    assert engine.stats.free_pages == engine.stats.pages
+    return [result.tokens for result in results], [torch.stack(seen[i]) for i in sorted(seen)], engine
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, model: OpenMythos, prompts: list[Tensor], **how: Any) -> None:
+    wanted, logits, _ = answers(monkeypatch, model, PlainRunner, prompts, **how)
+    called: list[str] = []
+    call = kernels._call
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_call", lambda name, *a: called.append(name) or call(name, *a))
+        found, ours, _ = answers(monkeypatch, model, KernelRunner, prompts, **how)
+    assert {"om_part", "om_step"} <= set(called)
+    assert found == wanted
+    for a, b in zip(ours, logits, strict=True):
+        assert (a - b).abs().max() <= 2e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_give_the_logits_of_the_modules(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model = build(**MODELS[name])
+    mixed = [None, exits.Fixed(2), None, None, exits.Never(), None]
+    compare(monkeypatch, model, some_prompts(), max_new_tokens=7, n_loops=DEPTHS, exit=mixed)
+
+
+@pytest.mark.parametrize("name", ["act", "state", "kl"])
+def test_exit_rules_read_the_states_that_kernels_leave(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    how = {"max_new_tokens": 6, "exit": [RULES[name], None, RULES[name], None, RULES[name], RULES[name]]}
+    compare(monkeypatch, build(attn_type="mla"), some_prompts(), n_loops=DEPTHS, **how)
+
+
+def test_loops_may_share_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(monkeypatch, build(), some_prompts(), max_new_tokens=6, n_loops=DEPTHS, policy=LastLoop())
+
+
+def test_more_rows_than_a_kernel_takes_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = build(dim=16, vocab_size=11, n_experts=2), some_prompts((3,) * 70)
+    many = {"max_rows": 70, "prefill_chunk": 256}
+    compare(monkeypatch, model, prompts, max_new_tokens=4, n_loops=[2, 3] * 35, **many)
+
+
+def test_a_hook_set_between_tokens_is_called_and_changes_no_token() -> None:
+    model, prompt = build(), some_prompts()[1]
+    engine = Engine(model, max_rows=2, page_size=4)
+    wanted = [result.tokens for result in engine.generate([prompt, prompt], 9, [3, 5], 0)]
+    handles = [engine.submit(Request(prompt, 9, n, temperature=0)) for n in (3, 5)]
+    tokens, calls = iter(handles[0]), []
+    found = [next(tokens) for _ in range(3)]
+    hook = model.recurrent.block.register_forward_hook(lambda *_: calls.append(1))
+    found += [next(tokens) for _ in range(3)]
+    assert calls
+    hook.remove()
+    before = len(calls)
+    found += list(tokens)
+    assert len(calls) == before
+    assert [found, handles[1].result().tokens] == wanted
