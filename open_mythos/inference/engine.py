@@ -33,6 +33,7 @@ from open_mythos.inference.pages import Entries, Layers, PagePool
 from open_mythos.inference.requests import Handle, QueueFull, Request, RequestError, Result, check
 from open_mythos.inference.runner import PlainRunner, RowState, Runner
 from open_mythos.inference.scheduler import Scheduler, Stats
+from open_mythos.inference.speculative import Draft
 from open_mythos.model import EveryLoop, LastLoop, LoopPolicy, OpenMythos
 from open_mythos.model.transformer import evaluating
 
@@ -141,7 +142,7 @@ class Engine:
             device=device,
             entries=entries,
         )
-        self.model = model
+        self.model, self._policy = model, policy
         self.runner: Runner = make(model, self.pool, RowState(model, max_rows))
         self._scheduler = Scheduler(
             model,
@@ -192,7 +193,7 @@ class Engine:
             QueueFull: as many requests wait as may.
             RuntimeError: the engine is closed.
         """
-        checked = check(request, self.model, self.max_loops, self.max_context)
+        checked = check(request, self.model, self.max_loops, self.max_context, self._policy)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -213,6 +214,7 @@ class Engine:
         eos_token_id: int | Each | None = None,
         seed: int | Each | None = None,
         exit: Rule | Each | None = None,
+        speculate: Draft | Each | None = None,
     ) -> list[Result]:
         """Continue each prompt, and wait for all.
 
@@ -226,6 +228,7 @@ class Engine:
             eos_token_id: likewise.
             seed: one number gives prompt i the seed ``seed + i``.
             exit: likewise.
+            speculate: likewise.
 
         Raises:
             ValueError: as for :meth:`submit`; no prompt has run then.
@@ -244,6 +247,7 @@ class Engine:
             "eos_token_id": eos_token_id,
             "seed": seed,
             "exit": exit,
+            "speculate": speculate,
         }
         spread = {name: _spread(name, value, len(prompts)) for name, value in fields.items()}
         requests = [
@@ -251,7 +255,7 @@ class Engine:
             for i, prompt in enumerate(prompts)
         ]
         for request in requests:
-            check(request, self.model, self.max_loops, self.max_context)
+            check(request, self.model, self.max_loops, self.max_context, self._policy)
         handles: list[Handle] = []
         try:
             for request in requests:

@@ -16,7 +16,8 @@ from torch import Tensor
 from open_mythos.inference.exit_rules import ACT, Fixed, Never, Predicting, Rule, StateChange
 from open_mythos.inference.exits import Learned, check_rule
 from open_mythos.inference.generate import _check_sampling, _whole
-from open_mythos.model import OpenMythos
+from open_mythos.inference.speculative import Draft, check_draft
+from open_mythos.model import LoopPolicy, OpenMythos
 
 __all__ = ["Depth", "Handle", "QueueFull", "Reason", "Request", "RequestError", "Result"]
 
@@ -40,6 +41,8 @@ class Request:
         max_new_tokens: tokens to add. The last one is never fed to the model.
         n_loops: T for every token; ``cfg.max_loop_iters`` when None. Under ``exit`` it is the most.
         exit: asked after each loop whether the token leaves it.
+        speculate: draft with fewer loops and check with all; tokens are the same, or their distribution. Each drafted
+            token takes a row of the engine.
         temperature: 0 takes the likeliest token; otherwise logits are divided by it.
         top_k: sample among the k likeliest; None, 0, or anything from V up keeps all.
         top_p: sample among the likeliest whose probabilities reach this sum; None keeps all.
@@ -53,6 +56,7 @@ class Request:
     max_new_tokens: int = 64
     n_loops: int | None = None
     exit: Rule | None = None
+    speculate: Draft | None = None
     temperature: float = 1.0
     top_k: int | None = 50
     top_p: float | None = None
@@ -129,7 +133,9 @@ class Checked:
         return self.prompt.numel() + self.request.max_new_tokens - 1
 
 
-def check(request: Request, model: OpenMythos, max_loops: int, max_context: int) -> Checked:
+def check(
+    request: Request, model: OpenMythos, max_loops: int, max_context: int, policy: LoopPolicy | None = None
+) -> Checked:
     """Refuse what does not fit.
 
     Raises:
@@ -148,6 +154,8 @@ def check(request: Request, model: OpenMythos, max_loops: int, max_context: int)
         _whole("eos_token_id", eos, 0, cfg.vocab_size - 1)
     if request.exit is not None:
         check_rule(request.exit, model)
+    if request.speculate is not None:
+        check_draft(request.speculate, model, int(n_loops), policy)
     if request.on_token is not None and not callable(request.on_token):
         raise ValueError(f"on_token = {request.on_token!r} is not allowed: it must be callable, or None")
     room = max_context - prompt.numel() + 1

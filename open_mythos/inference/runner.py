@@ -119,6 +119,10 @@ class Runner(Protocol):
         """A whole token, or None where that is not served."""
         ...
 
+    def rest(self, batch: Batch) -> Tensor | None:
+        """The loops that are left, equally many for all, and the coda; or None where that is not served."""
+        ...
+
     def predict(self, batch: Batch) -> Tensor:
         """Logits (n, V) as an exit rule asks for them."""
         ...
@@ -152,6 +156,10 @@ class PlainRunner:
         """The model may have changed between two calls, which is nothing to this runner."""
 
     def token(self, batch: Batch) -> Tensor | None:
+        """Not served."""
+        return None
+
+    def rest(self, batch: Batch) -> Tensor | None:
         """Not served."""
         return None
 

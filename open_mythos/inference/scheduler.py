@@ -15,88 +15,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from open_mythos.inference.pages import PagePool
-from open_mythos.inference.requests import Checked, Depth, Handle, QueueFull, Reason
+from open_mythos.inference.requests import Checked, Handle, QueueFull, Reason
 from open_mythos.inference.row_exits import RowSeen, leaving
-from open_mythos.inference.runner import Batch, Chunk, Runner
+from open_mythos.inference.runner import Chunk, Runner
+from open_mythos.inference.running import Lane, Late, Running, Stats, batch_of, checked_draft
 from open_mythos.inference.sampler import Sampler, draw
 from open_mythos.model import OpenMythos
 
 __all__ = ["Scheduler", "Stats"]
 
 T = TypeVar("T")
-
-
-@dataclass
-class Stats:
-    """What was done since the engine was made.
-
-    Attributes:
-        ticks: loops of the batch.
-        row_loops: loops of rows; over ``ticks`` it is the mean number of rows in a loop.
-        codas: calls of the coda.
-        tokens: new tokens handed out.
-        chunks: chunks of prompts.
-        prompt_tokens: tokens of prompts.
-        finished: requests that came to their end, by reason.
-    """
-
-    ticks: int = 0
-    row_loops: int = 0
-    codas: int = 0
-    tokens: int = 0
-    chunks: int = 0
-    prompt_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Running:
-    """A request that has a row.
-
-    Attributes:
-        fed: tokens of the prompt that are cached.
-        position: of the token that is being computed.
-        loops: it has done.
-        begun: the prelude has run.
-        done: its loops are done, and the coda is next.
-        drawn: new tokens drawn, of which some may not have been read yet.
-        memory: what its rule remembers of this token.
-        probed: loop after which its rule last decoded this token.
-    """
-
-    handle: Handle
-    row: int
-    sampler: Sampler
-    fed: int = 0
-    position: int = 0
-    loops: int = 0
-    begun: bool = False
-    done: bool = False
-    drawn: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    probed: int | None = None
-
-    @property
-    def checked(self) -> Checked:
-        return self.handle.checked
-
-    @property
-    def depth(self) -> Depth:
-        return self.handle.checked.depth
-
-    def next_token(self) -> None:
-        """A token was drawn, and is to be fed next."""
-        self.position = self.checked.prompt.numel() + self.drawn
-        self.drawn += 1
-        self.loops, self.begun, self.done = 0, False, False
-        self.memory, self.probed = {}, None
 
 
 class Scheduler:
@@ -137,8 +71,8 @@ class Scheduler:
         )
         self._inbox: deque[Handle] = deque()
         self._waiting: deque[Handle] = deque()
-        self._rows: list[_Running | None] = [None] * rows
-        self._late: deque[_Late] = deque()
+        self._rows: list[Running | None] = [None] * rows
+        self._late: deque[Late] = deque()
         self._owed = 0  # ticks, before the next chunk
         self._since_coda = 0
 
@@ -156,6 +90,11 @@ class Scheduler:
             raise ValueError(
                 f"the request needs {need} pages of {self.pool.page_size} tokens ({checked.cached} tokens, "
                 f"{checked.depth.most} loops), more than the {self.pool.capacity} there are: raise cache_bytes"
+            )
+        lanes = _lanes(checked)
+        if lanes > len(self._rows):
+            raise ValueError(
+                f"Draft.tokens = {lanes - 1} is not allowed: it takes {lanes} rows, and max_rows = {len(self._rows)}"
             )
         if self.waiting >= self._queue:
             raise QueueFull(f"{self.waiting} requests wait already: try again when some have finished")
@@ -216,8 +155,8 @@ class Scheduler:
             self._close(self._waiting.popleft(), "failed", error)
         self._late.clear()
 
-    def _all(self) -> list[_Running]:
-        return [run for run in self._rows if run is not None]
+    def _all(self) -> list[Running]:
+        return [run for row, run in enumerate(self._rows) if run is not None and run.row == row]
 
     def _layers(self, checked: Checked) -> list[int]:
         return self.pool.layers.needed(checked.depth.most, checked.depth.probes)
@@ -225,15 +164,18 @@ class Scheduler:
     def _pages(self, checked: Checked) -> int:
         return self.pool.pages_for(len(self._layers(checked)), checked.cached)
 
-    def _end(self, run: _Running, reason: Reason, error: Exception | None = None) -> None:
+    def _end(self, run: Running, reason: Reason, error: Exception | None = None) -> None:
         """Free the row, and close the request."""
         self._free(run)
         self._close(run.handle, reason, error)
 
-    def _free(self, run: _Running) -> None:
+    def _free(self, run: Running) -> None:
         if self._rows[run.row] is run:
-            self._rows[run.row] = None
+            rows = [lane.row for lane in run.lanes]
+            for row in rows:
+                self._rows[row] = None
             self.pool.release(run.row)
+            self.pool.share(run.row, rows[1:])
 
     def _close(self, handle: Handle, reason: Reason, error: Exception | None = None) -> None:
         if not handle.done:
@@ -255,17 +197,17 @@ class Scheduler:
 
     def _admit(self) -> None:
         """First come, first served: who does not fit yet keeps those behind waiting, so that nobody starves."""
-        for row, run in enumerate(self._rows):
-            if run is not None or not self._waiting:
-                continue
+        while self._waiting:
             checked = self._waiting[0].checked
-            if self._pages(checked) > self.pool.free:
+            rows = [row for row, run in enumerate(self._rows) if run is None][: _lanes(checked)]
+            if len(rows) < _lanes(checked) or self._pages(checked) > self.pool.free:
                 return
-            self.pool.take(row, self._layers(checked), checked.cached)
+            self.pool.take(rows[0], self._layers(checked), checked.cached)
+            self.pool.share(rows[0], rows[1:])
             handle = self._waiting.popleft()
-            self._rows[row] = _Running(
-                handle, row, Sampler(checked, handle.number, self.runner.state.ids.device)
-            )
+            run = Running(handle, rows, Sampler(checked, handle.number, self.runner.state.ids.device))
+            for row in rows:
+                self._rows[row] = run
 
     # Prompts.
 
@@ -282,103 +224,113 @@ class Scheduler:
         together = [run for run, ends in zip(alike, last, strict=True) if ends == last[0]][:room]
         together.sort(key=lambda run: run.row)
 
-        def prefill(runs: list[_Running]) -> tuple[Tensor | None, Tensor | None]:
-            ids = torch.stack([run.checked.prompt[start:stop] for run in runs])
-            rows = tuple(run.row for run in runs)
-            return self.runner.prefill(Chunk(rows, (start,) * len(runs), ids, first.depth, last[0]))
+        def prefill(lanes: list[Lane]) -> tuple[Tensor | None, Tensor | None]:
+            ids = torch.stack([lane.run.checked.prompt[start:stop] for lane in lanes])
+            rows = tuple(lane.row for lane in lanes)
+            return self.runner.prefill(Chunk(rows, (start,) * len(rows), ids, first.depth, last[0]))
 
-        for runs, (logits, loops) in self._each(together, prefill):
+        for lanes, (logits, loops) in self._each([run.lanes[0] for run in together], prefill):
             self.stats.chunks += 1
-            self.stats.prompt_tokens += len(runs) * (stop - start)
-            for run in runs:
-                run.fed = stop
+            self.stats.prompt_tokens += len(lanes) * (stop - start)
+            for lane in lanes:
+                lane.run.fed = stop
             if loops is not None:
-                runs[0].handle.state.prompt_loops += loops[0].tolist()
+                lanes[0].run.handle.state.prompt_loops += loops[0].tolist()
             if logits is not None:
-                self._drawn(runs, logits)
+                self._drawn(lanes, logits)
         self._owed = first.depth.most
 
-    def _piece(self, run: _Running) -> tuple[int, int]:
+    def _piece(self, run: Running) -> tuple[int, int]:
         return run.fed, min(run.fed + self._chunk, run.checked.prompt.numel())
 
     # Tokens.
 
     def _tick(self) -> None:
-        runs = self._tokens([run for run in self._all() if run.drawn])
-        if not runs:
+        lanes = self._at_once([lane for run in self._all() if run.drawn for lane in run.active])
+        if not lanes:
             return
-        self._each([run for run in runs if not run.begun], self._begin)
-        moved = [each for runs, _ in self._each(self._looping(), self._advance) for each in runs]
+        self._each([lane for lane in lanes if not lane.begun], self._begin)
+        moved = [lane for group, _ in self._each(self._looping(), self._advance) for lane in group]
         if moved:
             self.stats.ticks += 1
             self.stats.row_loops += len(moved)
             self._owed -= 1
-        self._ask([run for run in moved if run.depth.rule is not None and not run.done])
+        self._ask([lane for lane in moved if lane.depth.rule is not None and not lane.done])
         self._since_coda += 1
-        ready = [run for run in self._all() if run.done]
+        ready = [lane for run in self._all() if run.drawn for lane in run.ready()]
         if ready and (self._since_coda >= self._coda_every or not self._looping()):
             self._since_coda = 0
             self.stats.codas += 1
-            for group, logits in self._each(ready, lambda group: self.runner.coda(_batch(group))):
-                self._drawn(group, logits)
+            ready.sort(key=lambda lane: lane.row)
+            for group, logits in self._each(ready, lambda group: self.runner.coda(batch_of(group))):
+                self._decoded(group, logits)
 
-    def _looping(self) -> list[_Running]:
-        return [run for run in self._all() if run.begun and not run.done]
+    def _looping(self) -> list[Lane]:
+        active = [lane for run in self._all() if run.drawn for lane in run.active]
+        return [lane for lane in active if lane.begun and not lane.rests]
 
-    def _tokens(self, runs: list[_Running]) -> list[_Running]:
-        """Where all begin a token of equal depth a runner may compute it at once; who is left must loop."""
-        same = len({run.depth.most for run in runs}) == 1
-        if not same or any(run.begun or run.depth.rule is not None for run in runs):
-            return runs
-        left: list[_Running] = []
-        for group, logits in self._each(runs, lambda group: self.runner.token(_batch(group))):
+    def _at_once(self, lanes: list[Lane]) -> list[Lane]:
+        """Where all have the same loops before them, and then a coda, a runner may run them at once.
+
+        Returns:
+            Who must loop.
+        """
+        alike = len({(lane.begun, lane.loops, lane.goal) for lane in lanes}) == 1
+        if not alike or any(lane.depth.rule is not None for lane in lanes):
+            return lanes
+        begun = lanes[0].begun
+        if not all(lane.run.checking or (not begun and lane.run.proposes(lane)) for lane in lanes):
+            return lanes
+        call = self.runner.rest if begun else self.runner.token
+        loops, left = lanes[0].goal - lanes[0].loops, []
+        for group, logits in self._each(lanes, lambda group: call(batch_of(group, to_goal=True))):
             if logits is None:
                 left += group
                 continue
-            self.stats.ticks += group[0].depth.most
-            self.stats.row_loops += group[0].depth.most * len(group)
+            self.stats.ticks += loops
+            self.stats.row_loops += loops * len(group)
             self.stats.codas += 1
-            self._owed -= group[0].depth.most
-            self._drawn(group, logits)
+            self._owed -= loops
+            for lane in group:
+                lane.begun, lane.loops = True, lane.goal
+                lane.done = lane.loops == lane.depth.most
+            self._decoded(group, logits)
         return left
 
-    def _begin(self, runs: list[_Running]) -> None:
-        self.runner.prelude(_batch(runs))
-        for run in runs:
-            run.begun = True
+    def _begin(self, lanes: list[Lane]) -> None:
+        self.runner.prelude(batch_of(lanes))
+        for lane in lanes:
+            lane.begun = True
 
-    def _advance(self, runs: list[_Running]) -> None:
-        self.runner.loop(_batch(runs))
-        for run in runs:
-            run.loops += 1
-            run.done = run.loops == run.depth.most
-            if run.done and run.depth.rule is not None:
-                run.handle.state.loops.append(run.loops)
+    def _advance(self, lanes: list[Lane]) -> None:
+        self.runner.loop(batch_of(lanes))
+        for lane in lanes:
+            lane.loops += 1
+            lane.done = lane.loops == lane.depth.most
 
-    def _ask(self, runs: list[_Running]) -> None:
+    def _ask(self, lanes: list[Lane]) -> None:
         """Let rules say who leaves; those at the same loop under equal rules are asked together."""
-        groups: dict[tuple[object, int], list[_Running]] = {}
-        for run in runs:
-            groups.setdefault((_key(run.depth.rule), run.loops), []).append(run)
+        groups: dict[tuple[object, int], list[Lane]] = {}
+        for lane in lanes:
+            groups.setdefault((_key(lane.depth.rule), lane.loops), []).append(lane)
         asked = [answer for group in groups.values() for answer in self._each(group, self._answer)]
         decided = [(group, answer) for group, answer in asked if answer is not None]
         if not decided:
             return
         answers = torch.cat([answer for _, answer in decided]).tolist()  # the only read
-        everyone = [run for group, _ in decided for run in group]
-        gone = [run for run, leaves in zip(everyone, answers, strict=True) if leaves]
-        gone.sort(key=lambda run: run.row)
+        everyone = [lane for group, _ in decided for lane in group]
+        gone = [lane for lane, leaves in zip(everyone, answers, strict=True) if leaves]
+        gone.sort(key=lambda lane: lane.row)
         for group, _ in self._each(gone, self._leave):
-            for run in group:
-                run.done = True
-                run.handle.state.loops.append(run.loops)
+            for lane in group:
+                lane.done = True
 
-    def _answer(self, runs: list[_Running]) -> Tensor | None:
+    def _answer(self, lanes: list[Lane]) -> Tensor | None:
         """Who of these leaves, (n,) bool, or None where nobody may yet."""
-        rule, loops, state, batch = runs[0].depth.rule, runs[0].loops, self.runner.state, _batch(runs)
+        rule, loops, state, batch = lanes[0].depth.rule, lanes[0].loops, self.runner.state, batch_of(lanes)
         assert rule is not None
         rows = torch.tensor(batch.rows, device=state.h.device)
-        memories = [dict(run.memory) for run in runs]
+        memories = [dict(lane.memory) for lane in lanes]
         probed: list[int] = []
 
         def predict() -> Tensor:
@@ -387,30 +339,86 @@ class Scheduler:
 
         seen = RowSeen(loops, state.h[rows], state.before[rows], self.model, predict, memories)
         answer = leaving(rule, seen)
-        for run, memory in zip(runs, memories, strict=True):
-            run.memory, run.probed = memory, probed[-1] if probed else run.probed
-        return answer if loops >= min(rule.min_loops, runs[0].depth.most) else None
+        for lane, memory in zip(lanes, memories, strict=True):
+            lane.memory, lane.probed = memory, probed[-1] if probed else lane.probed
+        return answer if loops >= min(rule.min_loops, lanes[0].depth.most) else None
 
-    def _leave(self, runs: list[_Running]) -> None:
-        self.runner.leave(_batch(runs), [run.probed for run in runs], [run.depth.probes for run in runs])
+    def _leave(self, lanes: list[Lane]) -> None:
+        probes = [lane.depth.probes for lane in lanes]
+        self.runner.leave(batch_of(lanes), [lane.probed for lane in lanes], probes)
 
     # New tokens.
 
-    def _drawn(self, runs: list[_Running], logits: Tensor) -> None:
-        """Draw, feed in the next tick, and read later."""
-        tokens = draw([run.sampler for run in runs], logits)
-        state = self.runner.state
-        state.ids[torch.tensor([run.row for run in runs], device=state.ids.device)] = tokens.clamp(min=0)
+    def _decoded(self, lanes: list[Lane], logits: Tensor) -> None:
+        """Logits (n, V) after lanes whose loops are done: draw, or keep them until a draft is checked."""
+        drawing = [i for i, lane in enumerate(lanes) if not (lane.run.checking and lane.run.drafts)]
+        if len(drawing) == len(lanes):
+            self._drawn(lanes, logits)
+            return
+        if drawing:
+            self._drawn([lanes[i] for i in drawing], logits[torch.tensor(drawing, device=logits.device)])
+        checked = [
+            (lane, row)
+            for lane, row in zip(lanes, logits, strict=True)
+            if lane.run.checking and lane.run.drafts
+        ]
+        for lane, row in checked:
+            lane.answer = row.clone() if len(lanes) == 1 else row
+        runs = list(dict.fromkeys(lane.run for lane, _ in checked))
+        self._checked([run for run in runs if all(lane.answer is not None for lane in run.active)])
+
+    def _drawn(self, lanes: list[Lane], logits: Tensor) -> None:
+        """Draw a token after each; feed it next, in this lane or the one that goes on with the draft."""
+        tokens = draw([lane.run.sampler for lane in lanes], logits)
+        state, fed = self.runner.state, []
+        for i, lane in enumerate(lanes):
+            if lane.run.drafts and lane.run.drawn:
+                lane.proposed = logits[i].clone() if lane.run.sampler.generator is not None else None
+                fed.append(lane.run.drafted(lane).row)
+            else:
+                fed.append(lane.row)
+        state.ids[torch.tensor(fed, device=state.ids.device)] = tokens.clamp(min=0)
+        own = [i for i, lane in enumerate(lanes) if fed[i] == lane.row]
+        if not own:
+            return
+        runs = [lanes[i].run for i in own]
+        if len(own) < len(lanes):
+            tokens = tokens[torch.tensor(own, device=tokens.device)]
         event = None
         if tokens.is_cuda:
             tokens = tokens.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._late.append(_Late(list(runs), tokens, event))
+        self._late.append(Late(runs, tokens, event))
         for run in runs:
+            if run.drawn and run.depth.rule is not None:
+                run.handle.state.loops.append(run.lanes[0].loops)
             run.next_token()
             if run.drawn == run.checked.request.max_new_tokens:
                 self._free(run)
+
+    def _checked(self, runs: list[Running]) -> None:
+        """Keep what the full depth agrees with, and begin the next draft. Reads the device once."""
+        if not runs:
+            return
+        state, found = self.runner.state, [checked_draft(run, self.runner.state.ids) for run in runs]
+        numbers = torch.cat([torch.cat(pair) for pair in found]).tolist()
+        self._read(0)
+        for run, (_, tokens) in zip(runs, found, strict=True):
+            count, new = int(numbers[0]), numbers[1 : 1 + len(tokens)]
+            numbers = numbers[1 + len(tokens) :]
+            self.stats.checks += 1
+            self.stats.drafted += run.drafts
+            self.stats.kept += count - 1
+            for lane, token in zip(run.active, new[:count], strict=False):
+                if run.handle.done:
+                    break
+                if run.depth.rule is not None and token >= 0:
+                    run.handle.state.loops.append(lane.loops)
+                self._hand_out(run, token)
+            if not run.handle.done:
+                state.ids[run.row] = new[count - 1]
+                run.next_token(count)
 
     def _read(self, lag: int) -> None:
         """Hand out tokens, the oldest first, until so many reads are outstanding."""
@@ -422,7 +430,7 @@ class Scheduler:
                 if not run.handle.done:
                     self._hand_out(run, token)
 
-    def _hand_out(self, run: _Running, token: int) -> None:
+    def _hand_out(self, run: Running, token: int) -> None:
         handle, request = run.handle, run.checked.request
         if token < 0:
             self._end(run, "failed", ValueError("the logits are not finite"))
@@ -440,44 +448,28 @@ class Scheduler:
         elif len(handle.state.tokens) == request.max_new_tokens:
             self._end(run, "length")
 
-    def _each(
-        self, runs: list[_Running], call: Callable[[list[_Running]], T]
-    ) -> list[tuple[list[_Running], T]]:
+    def _each(self, lanes: list[Lane], call: Callable[[list[Lane]], T]) -> list[tuple[list[Lane], T]]:
         """What the call gives for all; where it raises, for each alone, and who raises then has failed."""
-        done: list[tuple[list[_Running], T]] = []
-        todo = [[run] for run in runs] if self._alone else [runs] if runs else []
+        done: list[tuple[list[Lane], T]] = []
+        todo = [[lane] for lane in lanes] if self._alone else [lanes] if lanes else []
         while todo:
             group = todo.pop(0)
+            if len(group) == 1 and group[0].run.handle.done:
+                continue
             try:
                 done.append((group, call(group)))
             except Exception as error:
                 if len(group) == 1:
-                    self._end(group[0], "failed", error)
+                    self._end(group[0].run, "failed", error)
                 else:
-                    todo += [[run] for run in group]
+                    todo += [[lane] for lane in group]
         return done
 
 
-@dataclass(frozen=True)
-class _Late:
-    """Tokens on their way to the host."""
-
-    runs: list[_Running]
-    tokens: Tensor
-    event: torch.cuda.Event | None
-
-    def ready(self) -> bool:
-        return self.event is None or self.event.query()
-
-
-def _batch(runs: list[_Running]) -> Batch:
-    return Batch(
-        tuple(run.row for run in runs),
-        tuple(run.position for run in runs),
-        tuple(run.loops for run in runs),
-        tuple(run.depth.most for run in runs),
-        tuple(run.depth.ruled for run in runs),
-    )
+def _lanes(checked: Checked) -> int:
+    """Rows that a request takes."""
+    draft = checked.request.speculate
+    return 1 if draft is None else 1 + max(0, min(draft.tokens, checked.request.max_new_tokens - 2))
 
 
 def _key(rule: object) -> object:

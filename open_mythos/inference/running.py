@@ -1,0 +1,230 @@
+"""A request that has rows: how far it is, and the tokens that it computes.
+
+A request computes one token at a time, in one lane. With a draft of g tokens it has g + 1 lanes, each a row of the
+engine that shows the same pages at a position of its own. The lanes draft one after the other and are checked
+together, see :mod:`open_mythos.inference.speculative`: what a lane has computed up to the draft's depth stays in its
+row.
+
+Shape letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.inference.requests import Checked, Depth, Handle
+from open_mythos.inference.runner import Batch
+from open_mythos.inference.sampler import Sampler
+from open_mythos.inference.sampling import probabilities
+from open_mythos.inference.speculative import accept_drawn, accept_likeliest
+
+__all__ = ["Lane", "Late", "Running", "Stats", "batch_of", "checked_draft"]
+
+
+@dataclass
+class Stats:
+    """What was done since the engine was made.
+
+    Attributes:
+        ticks: loops of the batch.
+        row_loops: loops of rows; over ``ticks`` it is the mean number of rows in a loop.
+        codas: calls of the coda.
+        tokens: new tokens handed out.
+        chunks: chunks of prompts.
+        prompt_tokens: tokens of prompts.
+        checks: drafts that were checked.
+        drafted: tokens that they held.
+        kept: those that the full depth agreed with.
+        finished: requests that came to their end, by reason.
+    """
+
+    ticks: int = 0
+    row_loops: int = 0
+    codas: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    prompt_tokens: int = 0
+    checks: int = 0
+    drafted: int = 0
+    kept: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Lane:
+    """One token on its way.
+
+    Attributes:
+        run: whose.
+        row: of the engine.
+        position: of the token.
+        loops: it has done.
+        goal: loops after which it rests.
+        begun: the prelude has run.
+        done: its loops are done.
+        memory: what its rule remembers of it.
+        probed: loop after which its rule last decoded it.
+        proposed: (V,) logits of the draft after it, where tokens are drawn.
+        answer: (V,) logits of the check after it.
+    """
+
+    run: Running
+    row: int
+    position: int = 0
+    loops: int = 0
+    goal: int = 0
+    begun: bool = False
+    done: bool = False
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    probed: int | None = None
+    proposed: Tensor | None = None
+    answer: Tensor | None = None
+
+    @property
+    def depth(self) -> Depth:
+        """Of its request."""
+        return self.run.handle.checked.depth
+
+    @property
+    def rests(self) -> bool:
+        """The coda is next, or others must come as far."""
+        return self.done or (self.begun and self.loops == self.goal)
+
+    def start(self, position: int, goal: int) -> None:
+        """A new token."""
+        self.position, self.loops, self.goal = position, 0, goal
+        self.begun, self.done = False, False
+        self.memory, self.probed, self.proposed, self.answer = {}, None, None, None
+
+
+class Running:
+    """A request that has rows.
+
+    Args:
+        handle: of the request.
+        rows: of the engine, in rising order; one for each lane.
+        sampler: how it draws.
+
+    Attributes:
+        fed: tokens of the prompt that are cached.
+        drawn: new tokens drawn, of which some may not have been read yet.
+        lanes: in the order of their positions.
+        drafts: tokens that are drafted in this round.
+        checking: the draft is complete.
+        active: lanes that compute now.
+    """
+
+    def __init__(self, handle: Handle, rows: Sequence[int], sampler: Sampler) -> None:
+        self.handle, self.sampler, self.fed, self.drawn = handle, sampler, 0, 0
+        self.lanes = [Lane(self, row) for row in rows]
+        self.drafts, self.checking = 0, True
+        self.active = self.lanes[:1]
+
+    @property
+    def row(self) -> int:
+        """The first, whose pages they are."""
+        return self.lanes[0].row
+
+    @property
+    def checked(self) -> Checked:
+        """What was asked."""
+        return self.handle.checked
+
+    @property
+    def depth(self) -> Depth:
+        """Of its tokens."""
+        return self.handle.checked.depth
+
+    def next_token(self, gained: int = 1) -> None:
+        """So many tokens were drawn, and the last of them is to be fed next."""
+        self.drawn += gained
+        draft, most = self.checked.request.speculate, self.depth.most
+        left = self.checked.request.max_new_tokens - self.drawn
+        self.drafts = 0 if draft is None else max(0, min(draft.tokens, left - 1))
+        self.checking = not self.drafts
+        goal = most if draft is None or self.checking else min(draft.loops, most)
+        position = self.checked.prompt.numel() + self.drawn - 1
+        for i, lane in enumerate(self.lanes):
+            lane.start(position + i, goal)
+        self.active = self.lanes[:1]
+
+    def proposes(self, lane: Lane) -> bool:
+        """Whether a token is drafted after this lane's."""
+        return not self.checking and lane is not self.lanes[self.drafts]
+
+    def drafted(self, lane: Lane) -> Lane:
+        """The token after this lane's was drafted; returns the lane that is fed with it."""
+        following = self.lanes[self.lanes.index(lane) + 1]
+        self.active = [following]
+        return following
+
+    def ready(self) -> list[Lane]:
+        """Lanes for the coda, all of them or none. A complete draft goes on to be checked."""
+        if not all(lane.rests for lane in self.active):
+            return []
+        if self.checking or self.proposes(self.active[0]):
+            return self.active
+        self.checking, self.active = True, self.lanes[: self.drafts + 1]
+        for lane in self.active:
+            lane.goal = self.depth.most
+        return self.active if all(lane.rests for lane in self.active) else []
+
+
+@dataclass(frozen=True)
+class Late:
+    """Tokens on their way to the host."""
+
+    runs: list[Running]
+    tokens: Tensor
+    event: torch.cuda.Event | None
+
+    def ready(self) -> bool:
+        """Whether reading them is no waiting."""
+        return self.event is None or self.event.query()
+
+
+def batch_of(lanes: Sequence[Lane], to_goal: bool = False) -> Batch:
+    """What a runner is told of lanes; their most loops are those to their goal if asked for."""
+    return Batch(
+        tuple(lane.row for lane in lanes),
+        tuple(lane.position for lane in lanes),
+        tuple(lane.loops for lane in lanes),
+        tuple(lane.goal if to_goal else lane.depth.most for lane in lanes),
+        tuple(lane.depth.ruled for lane in lanes),
+    )
+
+
+def checked_draft(run: Running, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the check of a draft comes to.
+
+    Args:
+        run: all of whose active lanes have an answer.
+        ids: (R,) tokens that rows were fed.
+
+    Returns:
+        How many tokens are gained, (1,), and which, (g + 1,), of which only those count; all of them are below zero
+        where logits are not finite.
+    """
+    lanes, sampler = run.active, run.sampler
+    rows = torch.tensor([lane.row for lane in lanes[1:]], device=ids.device)
+    drafted = ids[rows].unsqueeze(0)
+    answers = torch.stack([lane.answer for lane in lanes if lane.answer is not None])
+    proposed = [lane.proposed for lane in lanes if lane.proposed is not None]
+    finite = answers.isfinite().all()
+    answers = answers.masked_fill(~finite, 0).unsqueeze(0)
+    if sampler.generator is None:
+        kept, after = accept_likeliest(drafted, answers)
+    else:
+        draft = torch.stack(proposed)
+        finite = finite & draft.isfinite().all()
+        q, p = (
+            probabilities(x, *sampler.settings) for x in (draft.masked_fill(~finite, 0).unsqueeze(0), answers)
+        )
+        kept, after = accept_drawn(drafted, q, p, sampler.generator)
+    tokens = F.pad(drafted, (0, 1)).scatter_(1, kept.unsqueeze(1), after.unsqueeze(1))[0]
+    return kept + 1, tokens.masked_fill(~finite, -1)
