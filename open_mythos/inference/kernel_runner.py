@@ -26,6 +26,8 @@ class KernelRunner(PlainRunner):
         state: the rows.
     """
 
+    keeps = False
+
     def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
         super().__init__(model, pool, state)
         self._decoder: PagedDecoder | None = None

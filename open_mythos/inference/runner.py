@@ -98,6 +98,7 @@ class Runner(Protocol):
 
     state: RowState
     page_size: int
+    keeps: bool  # a whole token leaves the rows' states as its loops would have
 
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
         """Logits (n, V) of the last tokens, and loops (n, S) that tokens spent under a rule."""
@@ -146,6 +147,7 @@ class PlainRunner:
     """
 
     page_size = 16
+    keeps = True
 
     def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
         self.model, self.pool, self.state = model, pool, state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from open_mythos import LastLoop, MythosConfig, OpenMythos
 from open_mythos.inference import exits
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.generate import generate
+from open_mythos.inference.runner import Batch, PlainRunner
 from open_mythos.inference.speculative import Draft
 
 LOOPS = 4
@@ -74,6 +76,46 @@ def test_requests_with_and_without_drafts_share_a_batch(attn_type: str, determin
     for prompt, new, depth, result in zip(prompts, news, depths, results, strict=True):
         assert result.tokens == alone(model, prompt, new, n_loops=depth)
     assert 0 < done.kept < done.drafted
+
+
+class Whole(PlainRunner):
+    """Computes whole tokens and rests of tokens at once, as a faster runner would."""
+
+    calls = 0
+
+    def token(self, batch: Batch) -> Tensor:
+        self.prelude(batch)
+        return self.rest(batch)
+
+    def rest(self, batch: Batch) -> Tensor:
+        Whole.calls += 1
+        while batch.loops[0] < batch.most[0]:
+            self.loop(batch)
+            batch = replace(batch, loops=tuple(n + 1 for n in batch.loops))
+        return self.coda(batch)
+
+
+def test_runners_that_compute_whole_drafts_and_checks_at_once() -> None:
+    model = small()
+    with Engine(model, max_rows=12, runner=Whole) as engine:
+        for prompts in (PROMPTS[:1], PROMPTS[:3]):
+            results = engine.generate(
+                prompts, [12, 12, 9][: len(prompts)], temperature=0, speculate=Draft(2, 3)
+            )
+            for prompt, result in zip(prompts, results, strict=True):
+                assert result.tokens == alone(model, prompt, len(result.tokens))
+            if len(prompts) == 1:
+                done = engine.stats.done
+                assert Whole.calls == done.codas >= done.drafted + done.checks
+                assert done.drafted > done.kept
+
+
+def test_the_cpus_kernels_compute_drafts_and_checks() -> None:
+    model = small().float()
+    with Engine(model, max_rows=12) as engine:
+        results = engine.generate(PROMPTS, 12, temperature=0, speculate=Draft(2, 3))
+        assert engine.stats.done.kept > 0
+    assert [r.tokens for r in results] == [alone(model, prompt, 12) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("rule", RULES)
