@@ -30,6 +30,7 @@ class KernelRunner(PlainRunner):
 
     def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
         super().__init__(model, pool, state)
+        self.ragged = False  # products are bound by arithmetic here, which padding would waste
         self._decoder: PagedDecoder | None = None
 
     def refresh(self) -> None:
@@ -50,7 +51,7 @@ class KernelRunner(PlainRunner):
 
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
         """As the plain one; short chunks in one kernel."""
-        served = chunk.depth.rule is None and chunk.ids.numel() <= MAX_TOKENS
+        served = chunk.depth.rule is None and chunk.even and chunk.ids.numel() <= MAX_TOKENS
         if self._decoder is None or not served:
             return super().prefill(chunk)
         ruled = [chunk.depth.ruled] * len(chunk.rows)

@@ -36,9 +36,17 @@ class PagedView(KVCache):
         rows: row of the pool's table of each row here.
         starts: cached tokens of each.
         new: S.
+        counts: new tokens of each row, S at most; those after them are padding, which nobody sees. None: all S.
     """
 
-    def __init__(self, pool: PagePool, rows: Sequence[int], starts: Sequence[int], new: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        new: int,
+        counts: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self._pool, self._layers, device = pool, pool.layers, pool.table.device
         self.length = max(starts)
@@ -49,6 +57,11 @@ class PagedView(KVCache):
         self._columns = self.length + new
         self._blocks = -(-self._columns // pool.page_size)
         self._block = self.positions // pool.page_size
+        self._padding: Tensor | None = None
+        if counts is not None and min(counts) < new:
+            ends = torch.tensor(counts, device=device).unsqueeze(1)
+            self._padding = torch.arange(new, device=device) >= ends
+            self._block = self._block.masked_fill(self._padding, 0)
         self._offset = self.positions % pool.page_size
         self._loop: int | Tensor = 0
         self._probe: int | Tensor | None = None
@@ -93,7 +106,10 @@ class PagedView(KVCache):
             self._show(new, *self._leaving)
             raise _Shown
         pages = self._pool.table[self._index, self._layer(slot)][:, : self._blocks].long()
-        self._pool.scatter(pages.gather(1, self._block), self._offset, new)
+        own = pages.gather(1, self._block)
+        if self._padding is not None:
+            own = own.masked_fill(self._padding, 0)
+        self._pool.scatter(own, self._offset, new)
         return {name: tensor[:, : self._columns] for name, tensor in self._pool.gather(pages).items()}
 
     def _layer(self, slot: str) -> int | Tensor:

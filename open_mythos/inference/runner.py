@@ -76,14 +76,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some tokens of prompts, of equal number and depth; under a rule of one prompt only.
+    """Some tokens of prompts; under a rule of one prompt only.
 
     Attributes:
-        rows: in rising order.
+        rows: by falling depth.
         starts: cached tokens of each.
         ids: (n, S) int64, on the host.
-        depth: of all.
-        last: whether the prompts end here, so that logits are wanted.
+        depth: of the first; the others are ruled if it is.
+        last: whether logits are wanted, since a prompt ends here.
+        counts: tokens of each; the rest of ids is padding. None: S.
+        most: loops of each; None: as the first. They are equal where halting mixes states.
     """
 
     rows: tuple[int, ...]
@@ -91,6 +93,14 @@ class Chunk:
     ids: Tensor
     depth: Depth
     last: bool
+    counts: tuple[int, ...] | None = None
+    most: tuple[int, ...] | None = None
+
+    @property
+    def even(self) -> bool:
+        """All rows have as many tokens and loops."""
+        counts, most = self.counts or (self.ids.shape[1],), self.most or (self.depth.most,)
+        return min(counts) == self.ids.shape[1] and len(set(most)) == 1
 
 
 class Runner(Protocol):
@@ -98,6 +108,7 @@ class Runner(Protocol):
 
     state: RowState
     page_size: int
+    ragged: bool  # whether chunks of unequal prompts pay
     keeps: bool  # a whole token leaves the rows' states as its loops would have
 
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
@@ -147,6 +158,7 @@ class PlainRunner:
     """
 
     page_size = 16
+    ragged = True
     keeps = True
 
     def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
@@ -175,15 +187,36 @@ class PlainRunner:
         model, ids = self.model, chunk.ids.to(self.state.ids.device)
         if chunk.depth.rule is not None:
             return self._prefill_ruled(chunk, chunk.depth.rule, ids)
-        ctx = context(model, PagedView(self.pool, chunk.rows, chunk.starts, ids.shape[1]))
+        view = PagedView(self.pool, chunk.rows, chunk.starts, ids.shape[1], chunk.counts)
+        ctx = context(model, view)
         e = model.prelude(ids, ctx)
         h, loops = model.initial_state(e), range(chunk.depth.most)
-        if chunk.depth.ruled:
+        if len(set(chunk.most or ())) > 1:
+            h = self._think_uneven(h, e, chunk)
+        elif chunk.depth.ruled:
             for t in loops:
                 h = model.step(h, e, t, ctx)
         else:
             h = model.think(h, e, ctx, loops)
-        return self._answer(h, ctx, chunk.last), None
+        return self._answer(h, ctx, chunk.last, chunk.counts), None
+
+    def _think_uneven(self, h: Tensor, e: Tensor, chunk: Chunk) -> Tensor:
+        """As ``model.think`` for rows of falling depth; halting is off or selects."""
+        model, most, new = self.model, chunk.most or (), h.shape[1]
+        weights = None if chunk.depth.ruled or model.cfg.halting == "off" else HaltingWeights(model.cfg)
+        h, out, ctx, rows = h.clone(), torch.zeros_like(h), None, 0
+        for t in range(most[0]):
+            left = sum(t < loops for loops in most)
+            if ctx is None or left < rows:
+                rows, counts = left, None if chunk.counts is None else chunk.counts[:left]
+                view = PagedView(self.pool, chunk.rows[:rows], chunk.starts[:rows], new, counts)
+                ctx = context(model, view)
+            h[:rows] = model.step(h[:rows], e[:rows], t, ctx)
+            if weights is not None:
+                if weights.mass is not None and weights.running is not None:
+                    weights.mass, weights.running = weights.mass[:rows], weights.running[:rows]
+                out[:rows] = weights.observe(h[:rows], model.recurrent.act(h[:rows]), out[:rows])
+        return h if weights is None else out
 
     def _prefill_ruled(
         self, chunk: Chunk, rule: exits.Rule, ids: Tensor
@@ -197,10 +230,17 @@ class PlainRunner:
         cache.store(ids.shape[1])
         return logits, loops
 
-    def _answer(self, h: Tensor, ctx: SequenceContext, last: bool) -> Tensor | None:
+    def _answer(
+        self, h: Tensor, ctx: SequenceContext, last: bool, counts: Sequence[int] | None = None
+    ) -> Tensor | None:
         """The coda's layers cache what they see of all tokens; only the last has a next token to foretell."""
         features = self.model.features(h, ctx)
-        return self.model.head(features[:, -1]) if last else None
+        if not last:
+            return None
+        if counts is None:
+            return self.model.head(features[:, -1])
+        ends = torch.tensor(counts, device=h.device) - 1
+        return self.model.head(features[torch.arange(len(counts), device=h.device), ends])
 
     def prelude(self, batch: Batch) -> None:
         """Begin a token in each row: feed ``state.ids``, make e, the first state, and halting as it is before loops."""

@@ -18,12 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.inference.requests import Checked, Depth, Handle
-from open_mythos.inference.runner import Batch
+from open_mythos.inference.runner import Batch, Chunk
 from open_mythos.inference.sampler import Sampler
 from open_mythos.inference.sampling import probabilities
 from open_mythos.inference.speculative import accept_drawn, accept_likeliest
 
-__all__ = ["Lane", "Late", "Running", "Stats", "batch_of", "checked_draft"]
+__all__ = [
+    "Lane",
+    "Late",
+    "Running",
+    "Stats",
+    "batch_of",
+    "checked_draft",
+    "chunk_of",
+    "lanes_of",
+    "piece_of",
+]
 
 
 @dataclass
@@ -196,6 +206,33 @@ def batch_of(lanes: Sequence[Lane], to_goal: bool = False) -> Batch:
         tuple(lane.loops for lane in lanes),
         tuple(lane.goal if to_goal else lane.depth.most for lane in lanes),
         tuple(lane.depth.ruled for lane in lanes),
+    )
+
+
+def lanes_of(checked: Checked) -> int:
+    """Rows that a request takes."""
+    draft = checked.request.speculate
+    return 1 if draft is None else 1 + max(0, min(draft.tokens, checked.request.max_new_tokens - 2))
+
+
+def piece_of(run: Running, size: int) -> tuple[int, int]:
+    """The next tokens of a prompt, from a multiple of the size."""
+    return run.fed, min(run.fed + size, run.checked.prompt.numel())
+
+
+def chunk_of(runs: list[Running], size: int) -> Chunk:
+    """The next tokens of these prompts, padded on the right."""
+    pieces = [run.checked.prompt[slice(*piece_of(run, size))] for run in runs]
+    counts, most = tuple(piece.numel() for piece in pieces), tuple(run.depth.most for run in runs)
+    last = any(run.fed + count == run.checked.prompt.numel() for run, count in zip(runs, counts, strict=True))
+    return Chunk(
+        tuple(run.row for run in runs),
+        tuple(run.fed for run in runs),
+        torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True),
+        runs[0].depth,
+        last,
+        counts if min(counts) < max(counts) else None,
+        most,
     )
 
 

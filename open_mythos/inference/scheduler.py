@@ -23,8 +23,18 @@ from torch import Tensor
 from open_mythos.inference.pages import PagePool
 from open_mythos.inference.requests import Checked, Handle, QueueFull, Reason
 from open_mythos.inference.row_exits import RowSeen, leaving
-from open_mythos.inference.runner import Chunk, Runner
-from open_mythos.inference.running import Lane, Late, Running, Stats, batch_of, checked_draft
+from open_mythos.inference.runner import Runner
+from open_mythos.inference.running import (
+    Lane,
+    Late,
+    Running,
+    Stats,
+    batch_of,
+    checked_draft,
+    chunk_of,
+    lanes_of,
+    piece_of,
+)
 from open_mythos.inference.sampler import Sampler, draw
 from open_mythos.model import OpenMythos
 
@@ -91,7 +101,7 @@ class Scheduler:
                 f"the request needs {need} pages of {self.pool.page_size} tokens ({checked.cached} tokens, "
                 f"{checked.depth.most} loops), more than the {self.pool.capacity} there are: raise cache_bytes"
             )
-        lanes = _lanes(checked)
+        lanes = lanes_of(checked)
         if lanes > len(self._rows):
             raise ValueError(
                 f"Draft.tokens = {lanes - 1} is not allowed: it takes {lanes} rows, and max_rows = {len(self._rows)}"
@@ -199,8 +209,8 @@ class Scheduler:
         """First come, first served: who does not fit yet keeps those behind waiting, so that nobody starves."""
         while self._waiting:
             checked = self._waiting[0].checked
-            rows = [row for row, run in enumerate(self._rows) if run is None][: _lanes(checked)]
-            if len(rows) < _lanes(checked) or self._pages(checked) > self.pool.free:
+            rows = [row for row, run in enumerate(self._rows) if run is None][: lanes_of(checked)]
+            if len(rows) < lanes_of(checked) or self._pages(checked) > self.pool.free:
                 return
             self.pool.take(rows[0], self._layers(checked), checked.cached)
             self.pool.share(rows[0], rows[1:])
@@ -212,36 +222,52 @@ class Scheduler:
     # Prompts.
 
     def _prompts(self) -> None:
-        """A chunk of the prompt that came first, and of others that are as far, as long and as deep."""
+        """A chunk of the prompt that came first, and of others beside it."""
         reading = sorted((run for run in self._all() if not run.drawn), key=lambda run: run.handle.number)
         if not reading:
             return
-        first = reading[0]
-        start, stop = self._piece(first)
-        room = 1 if first.depth.rule is not None else max(1, self._chunk // (stop - start))
-        alike = [r for r in reading if self._piece(r) == (start, stop) and r.depth == first.depth]
-        last = [run.checked.prompt.numel() == stop for run in alike]
-        together = [run for run, ends in zip(alike, last, strict=True) if ends == last[0]][:room]
-        together.sort(key=lambda run: run.row)
+        together = sorted(self._beside(reading), key=lambda run: (-run.depth.most, run.row))
 
         def prefill(lanes: list[Lane]) -> tuple[Tensor | None, Tensor | None]:
-            ids = torch.stack([lane.run.checked.prompt[start:stop] for lane in lanes])
-            rows = tuple(lane.row for lane in lanes)
-            return self.runner.prefill(Chunk(rows, (start,) * len(rows), ids, first.depth, last[0]))
+            return self.runner.prefill(chunk_of([lane.run for lane in lanes], self._chunk))
 
-        for lanes, (logits, loops) in self._each([run.lanes[0] for run in together], prefill):
+        done = self._each([run.lanes[0] for run in together], prefill)
+        for lanes, (logits, loops) in done:
             self.stats.chunks += 1
-            self.stats.prompt_tokens += len(lanes) * (stop - start)
-            for lane in lanes:
+            ends = []
+            for i, lane in enumerate(lanes):
+                start, stop = piece_of(lane.run, self._chunk)
+                self.stats.prompt_tokens += stop - start
                 lane.run.fed = stop
+                if stop == lane.run.checked.prompt.numel():
+                    ends.append(i)
             if loops is not None:
                 lanes[0].run.handle.state.prompt_loops += loops[0].tolist()
             if logits is not None:
-                self._drawn(lanes, logits)
-        self._owed = first.depth.most
+                some = logits if len(ends) == len(lanes) else logits[torch.tensor(ends, device=logits.device)]
+                self._drawn([lanes[i] for i in ends], some)
+        # A chunk takes as long as so many ticks. The more rows decode, the more of the time is theirs: up to half.
+        decoding = sum(run.drawn > 0 for run in self._all())
+        self._owed = together[0].depth.most * decoding // len(self._rows)
 
-    def _piece(self, run: Running) -> tuple[int, int]:
-        return run.fed, min(run.fed + self._chunk, run.checked.prompt.numel())
+    def _beside(self, reading: list[Running]) -> list[Running]:
+        """Who joins the first: as many as a chunk holds, without padding where that does not pay."""
+        first, together = reading[0], reading[:1]
+        start, stop = piece_of(first, self._chunk)
+        if first.depth.rule is not None:
+            return together
+        uneven = self.runner.ragged and self.model.cfg.halting in ("select", "off") and not self._alone
+        longest = stop - start
+        for run in reading[1:]:
+            begin, end = piece_of(run, self._chunk)
+            alike = (begin, end, run.depth) == (start, stop, first.depth)
+            fits = run.depth.rule is None and run.depth.ruled == first.depth.ruled
+            wide = max(longest, end - begin)
+            if wide * (len(together) + 1) > self._chunk or not (alike or (uneven and fits)):
+                continue
+            longest = wide
+            together.append(run)
+        return together
 
     # Tokens.
 
@@ -465,12 +491,6 @@ class Scheduler:
                 else:
                     todo += [[lane] for lane in group]
         return done
-
-
-def _lanes(checked: Checked) -> int:
-    """Rows that a request takes."""
-    draft = checked.request.speculate
-    return 1 if draft is None else 1 + max(0, min(draft.tokens, checked.request.max_new_tokens - 2))
 
 
 def _key(rule: object) -> object:

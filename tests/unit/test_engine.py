@@ -86,12 +86,21 @@ def no_page_lost(engine: Engine) -> bool:
     return engine.stats.free_pages == engine.stats.pages and engine.stats.running == engine.stats.waiting == 0
 
 
-@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize(
+    ("attn_type", "chunk", "changes"),
+    [
+        ("mla", 7, {}),
+        ("gqa", 7, {"halting": "average"}),
+        ("gqa", 12, {"halting": "off"}),
+        ("mla", 40, {"alibi": 0.5, "previous_heads": 1}),
+        ("gqa", 100, {"initial_state": "zero"}),
+    ],
+)
 def test_requests_of_all_depths_share_a_batch_and_see_nothing_of_it(
-    attn_type: str, drawn: dict[int, list[Tensor]]
+    attn_type: str, chunk: int, changes: dict[str, Any], drawn: dict[int, list[Tensor]]
 ) -> None:
-    model, prompts = build(attn_type), some_prompts()
-    engine = small(model)
+    model, prompts = build(attn_type, **changes), some_prompts()
+    engine = small(model, prefill_chunk=chunk)
     results = engine.generate(prompts, 9, DEPTHS, temperature=0)
     assert no_page_lost(engine)
     assert engine.stats.done.row_loops > 1.5 * engine.stats.done.ticks
