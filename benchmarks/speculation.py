@@ -2,7 +2,8 @@
 
 Trains a byte model on Python's own text first (benchmarks/speculation.toml, minutes on one GPU), or takes --model.
 Loops and tokens of the draft are chosen on prompts of the validation split; what is reported is measured on the
-test split, turn by turn with plain generation. Results are written as they come.
+test split, turn by turn with plain generation, on two paths: the engine with its fastest runner, and model.generate on
+the model's modules. Results are written as they come.
 
     python benchmarks/speculation.py --out docs/results/speculation.json
     python benchmarks/speculation.py --train-only --out runs/speculation.json
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import OpenMythos, from_pretrained, kernels
+from open_mythos.inference.engine import Engine
 from open_mythos.inference.exits import LoopReport
 from open_mythos.inference.generate import generate
 from open_mythos.inference.speculative import Draft
@@ -51,13 +53,16 @@ class Plan:
     new: int = 128
     tuning: int = 4
     timed: int = 16
+    together: int = 8
     compared: int = 1000
     batch: int = 50
     loops: tuple[int, ...] = (1, 2)
     tokens: tuple[int, ...] = (2, 3, 4, 6, 8)
 
 
-SMALL = Plan(prompt=16, new=32, tuning=2, timed=3, compared=8, batch=4, loops=(1, 2), tokens=(2, 4))
+SMALL = Plan(
+    prompt=16, new=32, tuning=2, timed=4, together=4, compared=8, batch=4, loops=(1, 2), tokens=(2, 4)
+)
 
 
 def trained(out: Path, toy: bool) -> Path:
@@ -100,13 +105,13 @@ def bits(model: OpenMythos, ids: Tensor, n_loops: int) -> float:
 Way = Callable[[Tensor, Draft | None, LoopReport | None], list[list[int]]]
 
 
-def by_generate(model: OpenMythos, plan: Plan, temperature: float = 0.0) -> Way:
-    """New tokens of prompts (B, S), all rows together."""
+def by_generate(model: OpenMythos, plan: Plan) -> Way:
+    """New tokens of prompts (B, S) by model.generate, all rows together."""
 
     def run(ids: Tensor, draft: Draft | None, report: LoopReport | None) -> list[list[int]]:
         with kernels.disabled():  # plain generation's own C kernel does not draft
             out = generate(
-                model, ids, plan.new, temperature=temperature, top_k=None, seed=0, speculate=draft,
+                model, ids, plan.new, temperature=0, top_k=None, seed=0, speculate=draft,
                 report=report if draft else None,
             )  # fmt: skip
         return out[:, ids.shape[1] :].tolist()
@@ -114,14 +119,31 @@ def by_generate(model: OpenMythos, plan: Plan, temperature: float = 0.0) -> Way:
     return run
 
 
-def timed(way: Way, ids: Tensor, drafts: list[Draft | None]) -> dict[Draft | None, dict[str, float]]:
-    """Tokens a second of each, prompt after prompt at batch 1, turn by turn."""
+def by_engine(engine: Engine, plan: Plan) -> Way:
+    """The same by the engine, as many at once as it has rows for."""
+
+    def run(ids: Tensor, draft: Draft | None, report: LoopReport | None) -> list[list[int]]:
+        before = replace(engine.stats.done)
+        found = engine.generate(ids, plan.new, temperature=0, speculate=draft)
+        if report is not None:
+            for name in ("checks", "drafted", "kept"):
+                gained = getattr(engine.stats.done, name) - getattr(before, name)
+                setattr(report, name, getattr(report, name) + gained)
+        return [result.tokens for result in found]
+
+    return run
+
+
+def timed(
+    way: Way, ids: Tensor, drafts: list[Draft | None], batch: int = 1
+) -> dict[Draft | None, dict[str, float]]:
+    """Tokens a second of each, so many prompts at once, turn by turn."""
     seconds: dict[Draft | None, list[float]] = {draft: [] for draft in drafts}
     tokens: dict[Draft | None, int] = dict.fromkeys(drafts, 0)
     reports = {draft: LoopReport() for draft in drafts}
     for draft in drafts:  # what is compiled or captured on first use
-        way(ids[:1], draft, None)
-    for row in ids.split(1):
+        way(ids[:batch], draft, None)
+    for row in ids.split(batch):
         for draft in drafts:
             settle(ids.device)
             start = time.perf_counter()
@@ -149,10 +171,14 @@ def settle(device: torch.device) -> None:
 
 @torch.inference_mode()
 def compare(way: Way, model: OpenMythos, ids: Tensor, draft: Draft, batch: int) -> dict[str, Any]:
-    """Prompts whose tokens are the same; where not, how far the two likeliest tokens were apart."""
-    differ, gaps = 0, []
+    """Prompts whose tokens are the same; where not, how far the two likeliest tokens were apart.
+
+    ``alone`` says the same of plain generation against itself, prompt by prompt and in a batch, on some of the prompts.
+    """
+    differ, gaps, plains = 0, [], []
     for part in ids.split(batch):
         plain, quick = way(part, None, None), way(part, draft, None)
+        plains += plain
         for prompt, a, b in zip(part, plain, quick, strict=True):
             if a == b:
                 continue
@@ -161,7 +187,13 @@ def compare(way: Way, model: OpenMythos, ids: Tensor, draft: Draft, batch: int) 
             fed = torch.cat((prompt, torch.tensor(a[:at], dtype=torch.int64, device=prompt.device)))
             top = model(fed.unsqueeze(0))[0, -1].float().topk(2).values
             gaps.append(float(top[0] - top[1]))
+    some = ids[: max(1, len(ids) // 20)]
+    alone = [way(row, None, None)[0] for row in some.split(1)]
     found: dict[str, Any] = {"prompts": len(ids), "different": differ, "batch": batch}
+    found["alone"] = {
+        "prompts": len(some),
+        "different": sum(a != b for a, b in zip(alone, plains, strict=False)),
+    }
     return found | ({"largest_gap_in_logits_where_different": max(gaps)} if gaps else {})
 
 
@@ -213,6 +245,21 @@ def measure(
         f"{found[best]['tokens_per_s']:9.1f} {speedup:6.2f}x {found[best]['acceptance']:6.1%}",
         flush=True,
     )
+    many = timed(way, ids["test"][: plan.timed], [None, best], plan.together)
+    gain = many[best]["tokens_per_s"] / many[None]["tokens_per_s"]
+    results.add(
+        **label,
+        part="speed",
+        draft=name(best),
+        batch=plan.together,
+        speedup=gain,
+        plain=many[None],
+        **many[best],
+    )
+    rates = (
+        f"{many[None]['tokens_per_s']:9.1f} {'at ' + str(plan.together):9} {many[best]['tokens_per_s']:9.1f}"
+    )
+    print(f"{'':15} {rates} {gain:6.2f}x", flush=True)
     same = compare(way, model, ids["test"][: plan.compared], best, plan.batch)
     results.add(**label, part="tokens", draft=name(best), **same)
     print(f"{'':15} tokens differ in {same['different']} of {same['prompts']} prompts", flush=True)
@@ -229,6 +276,7 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, help="default: bf16 and fp32 on a GPU, else fp32"
     )
+    parser.add_argument("--paths", nargs="+", choices=("engine", "generate"), default=["engine", "generate"])
     parser.add_argument("--prompts", type=int, help="prompts whose tokens are compared")
     args = parser.parse_args()
     plan = SMALL if args.toy else Plan()
@@ -249,8 +297,14 @@ def main() -> None:
     print(f"{'path':9} {'dtype':5} {'plain t/s':>9} {'draft':9} {'t/s':>9} {'gain':>7} {'kept':>6}")
     for dtype in args.dtypes or (["bf16", "fp32"] if device == "cuda" else ["fp32"]):
         model = model.to(DTYPES[dtype])
-        label = {"path": "generate", "dtype": dtype}
-        measure(by_generate(model, plan), label, model, plan, ids, results)
+        if "engine" in args.paths:
+            with Engine(model, max_rows=64, max_context=plan.prompt + plan.new) as engine:
+                runner = type(engine.runner).__name__
+                label = {"path": "engine", "dtype": dtype, "runner": runner}
+                measure(by_engine(engine, plan), label, model, plan, ids, results)
+        if "generate" in args.paths:
+            label = {"path": "generate", "dtype": dtype}
+            measure(by_generate(model, plan), label, model, plan, ids, results)
 
 
 if __name__ == "__main__":
