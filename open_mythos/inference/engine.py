@@ -74,8 +74,8 @@ class Engine:
         max_loops: the most loops of any request; None: ``cfg.max_loop_iters``, or 64 if that is less.
         max_context: cached tokens of a request at most; ``cfg.max_seq_len`` when None.
         cache_bytes: for keys and values. A request takes at once what it may need at most, and waits until that is
-            there. None: enough for all rows at ``max_context`` and ``cfg.max_loop_iters``, but at most 1 GiB, or
-            half of a GPU's free memory.
+            there. None: enough for all rows at ``max_context`` and ``cfg.max_loop_iters``, and for any one request,
+            but at most 1 GiB, or half of a GPU's free memory.
         page_size: tokens a page; the runner's own when None.
         prefill_chunk: tokens of prompts in one call, after which those who decode have their turn.
         queue: requests that may wait for a row.
@@ -178,7 +178,9 @@ class Engine:
         if cache_bytes is None:
             device = model.embed.weight.device
             most = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**30
-            return max(1, min(rows * one * -(-self.max_context // page_size), most // each))
+            # Or for one row as deep as any may go, under a rule that decodes, if that is more.
+            wanted = max(rows * one, layers.count) * -(-self.max_context // page_size)
+            return max(1, min(wanted, most // each))
         least = each * len(layers.needed(1))
         _whole("cache_bytes", cache_bytes, least, None)
         return cache_bytes // each
