@@ -22,7 +22,7 @@ import torch
 
 from open_mythos import __version__, cli, demo
 
-COMMANDS = ("prepare", "train", "generate", "eval", "inspect", "report", "demo")
+COMMANDS = ("prepare", "train", "generate", "bench", "eval", "inspect", "report", "demo")
 FEW = ("train.steps=2", "train.save_every=0", "train.batch_size=2", "eval.examples=2", "eval.loops=[1,2]")
 # Configs that need a network or a GPU as they stand: the same, small and on files of this machine.
 SMALL = {
@@ -365,6 +365,16 @@ def test_demo_tells_which_run_failed(mythos, tmp_path: Path, monkeypatch: pytest
         (["generate", "{text}", "--prompt", "x", "--loops", "0"], "--loops"),
         (["generate", "{text}", "--prompt", "x", "--temperature", "-1"], "temperature = -1.0 is not allowed"),
         (["generate", "{text}", "--prompt", "x", "--max-new-tokens", "9999"], "max_new_tokens = 9999 is not"),
+        (["generate", "{text}", "--prompt", "x", "--exit", "sleepy"], "exit = 'sleepy' is not allowed"),
+        (["generate", "{text}", "--prompt", "x", "--exit", "state:much"], "exit = 'state:much' is not allowed"),
+        (["generate", "{text}", "--prompt", "x", "--exit", "state:-1"], "tolerance = -1.0 is not allowed"),
+        (["generate", "{text}", "--prompt", "x", "--exit", "state,often=1"], "'state,often=1' is not allowed"),
+        (["generate", "{text}", "--prompt", "x", "--speculate", "4"], "speculate = '4' is not allowed"),
+        (["generate", "{text}", "--prompt", "x", "--weights", "int4"], "weights = 'int4' is not allowed"),
+        (["generate", "{text}", "--prompt", "x", "--cache", "int4"], "cache = 'int4' is not allowed"),
+        (["bench", "mythos_nano", "--batch", "0"], "batch = '0' is not allowed"),
+        (["bench", "mythos_nano", "--dtype", "int4"], "dtype = 'int4' is not allowed"),
+        (["bench", "mythos_nano", "--new-tokens", "1"], "--new-tokens"),
         (["eval", "{tmp}"], "is not a run directory"),
         (["eval", "{task}", "--loops", "1,two"], "loops = '1,two' is not allowed"),
         (["eval", "{task}", "--loops", "0"], "loops = '0' is not allowed"),

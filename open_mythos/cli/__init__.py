@@ -1,4 +1,4 @@
-"""The command line: ``mythos prepare | train | export | generate | eval | inspect | report | reproduce | demo``.
+"""The command line: ``mythos prepare | train | export | generate | bench | eval | inspect | report | ...``.
 
 Every command imports what it needs when it runs, so that help is fast and loads no torch. Exit codes: 0 it
 went well, 1 it failed, 2 it was asked wrongly, 130 it was interrupted.
@@ -10,17 +10,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from open_mythos.config import ConfigError, MythosConfig
+from open_mythos.cli.inference import bench, generate
+from open_mythos.cli.targets import loop_counts, model_folder, resolve, run_record
+from open_mythos.config import ConfigError
 from open_mythos.reproduce.command import reproduce
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from open_mythos.tokenizer import MythosTokenizer
 
 __all__ = ["app", "main"]
 
@@ -168,7 +165,7 @@ def train(
     if _rank():
         return
     if sweep:
-        _evaluate(out, _run_record(out), None)
+        _evaluate(out, run_record(out), None)
     print(out)
 
 
@@ -228,74 +225,19 @@ def export(
     print(f"step {found.step}: {out}")
 
 
-@app.command(
+app.command(
     epilog=_examples(
         'mythos generate runs/demo/lm --prompt "def main(" --loops 8',
-        'mythos generate runs/demo/lm --prompt "The " --loops 16 --temperature 0 --max-new-tokens 40',
+        'mythos generate runs/demo/lm --prompt "The " --exit state:0.05,min=2 --report',
+        'mythos generate runs/demo/lm --prompt "The " --loops 16 --temperature 0 --speculate 4,3',
     )
-)
-def generate(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, or a saved model.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    loops: Annotated[
-        int | None, typer.Option(min=1, help="Loops for every token; the model's own by default.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to add at most; bytes, as a rule.")
-    ] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = 50,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample among the likeliest that reach this sum.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Fixes the draws.")] = None,
-) -> None:
-    """Continue a text, piece by piece as it is produced."""
-    folder = _model_folder(model)
-    if not prompt:
-        raise ConfigError("prompt = '' is not allowed: it must hold at least one character")
-    import torch
-
-    from open_mythos.inference.generate import stream
-    from open_mythos.tokenizer import tokenizer_of
-    from open_mythos.weights import from_pretrained
-
-    network = from_pretrained(folder)
-    # A saved model alone does not say how its text was tokenised; bytes are the default.
-    data = _run_record(model)["config"]["data"] if (model / "run.json").is_file() else {}
-    tokenizer = tokenizer_of(data)
-    if tokenizer is None or network.cfg.eos_token_id != tokenizer.eos_id:
-        reads = (
-            "bytes" if tokenizer is None or data.get("tokenizer", "bytes") == "bytes" else data["tokenizer"]
-        )
-        raise ConfigError(
-            f"{model} has eos_token_id = {network.cfg.eos_token_id}: it reads no {reads}; "
-            "try mythos eval, or model.generate(ids) in Python"
-        )
-    ids = tokenizer.encode(prompt)
-    if network.cfg.bos_token_id is not None:
-        ids = [network.cfg.bos_token_id, *ids]
-    tokens = stream(
-        network, torch.tensor([ids]), max_new_tokens, loops, temperature, top_k, top_p=top_p, seed=seed
+)(generate)
+app.command(
+    epilog=_examples(
+        "mythos bench mythos_nano",
+        "mythos bench runs/demo/lm --batch 1,4 --loops 16 --weights int8 --json bench.json",
     )
-    sys.stdout.write(prompt)
-    for piece in _pieces(tokenizer, (int(token[0]) for token in tokens)):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-
-
-def _pieces(tokenizer: MythosTokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """What each token adds to the text. A character that is not complete yet waits for its other tokens."""
-    ids: list[int] = []
-    text = shown = ""
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield text[len(shown) :]
+)(bench)
 
 
 @app.command(
@@ -309,8 +251,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure quality against loops on held-out data."""
-    record = _run_record(run)
-    _evaluate(run, record, None if loops is None else _counts("loops", loops))
+    record = run_record(run)
+    _evaluate(run, record, None if loops is None else loop_counts("loops", loops))
 
 
 def _evaluate(run: Path, record: dict[str, Any], counts: list[int] | None) -> None:
@@ -324,7 +266,7 @@ def _evaluate(run: Path, record: dict[str, Any], counts: list[int] | None) -> No
 
     config = RunConfig.from_dict(record["config"])
     with cpu_threads(config.train.threads):
-        result = sweep(from_pretrained(_model_folder(run)), config, record, counts, _tell)
+        result = sweep(from_pretrained(model_folder(run)), config, record, counts, _tell)
     write_json(run / "eval.json", result)
     table = new_table(
         f"{result['task']}: {result['metric']} against loops", "split", *map(str, result["loops"])
@@ -361,8 +303,8 @@ def inspect(
     from open_mythos import accounting
     from open_mythos.tables import cache_table, flops_table, parameter_table, show
 
-    cfg, folder = _resolve(target)
-    counts = _counts("loops", loops) if loops else sorted({1, 2, 4, 8, 16, cfg.max_loop_iters})
+    cfg, folder = resolve(target)
+    counts = loop_counts("loops", loops) if loops else sorted({1, 2, 4, 8, 16, cfg.max_loop_iters})
     if budget is not None:
         before = cfg
         cfg, changes = accounting.propose(cfg, budget)
@@ -393,7 +335,7 @@ def report(
     if out.is_dir():
         raise ConfigError(f"out = {str(out)!r} is a directory: it must be the HTML file to write")
     for run in runs:
-        _run_record(run)
+        run_record(run)
     from open_mythos.analysis.report import build_report
 
     build_report(runs, out)
@@ -426,66 +368,3 @@ def demo(
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _counts(name: str, text: str) -> list[int]:
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 1:
-        raise ConfigError(
-            f"{name} = {text!r} is not allowed: it must be whole numbers of at least 1, with commas"
-        )
-    return counts
-
-
-def _run_record(run: Path) -> dict[str, Any]:
-    """run.json of a run directory."""
-    try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{str(run)!r} is not a run directory: it must hold a run.json") from error
-    except ValueError as error:
-        raise ConfigError(f"{run / 'run.json'} is damaged: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ConfigError(f"{run / 'run.json'} is damaged: it holds no config")
-    return record
-
-
-def _model_folder(path: Path) -> Path:
-    """The saved model of a run directory, or the saved model itself."""
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file():
-            return folder
-    if (path / "run.json").is_file():
-        way = f"wait for the end of its training, or take a checkpoint: mythos export {path}"
-        raise ConfigError(f"{str(path)!r} has no saved model yet: {way}")
-    raise ConfigError(
-        f"{str(path)!r} is not a run directory or a saved model: it must hold run.json or config.json"
-    )
-
-
-def _resolve(target: str) -> tuple[MythosConfig, Path | None]:
-    """The config behind a variant's name, a TOML file, a run or a model; and the saved model, if any."""
-    from open_mythos.variants import VARIANTS
-
-    if target in VARIANTS:
-        return VARIANTS[target](), None
-    path = Path(target)
-    if path.is_dir():
-        folder = _model_folder(path)
-        return MythosConfig.from_json((folder / "config.json").read_text(encoding="utf-8")), folder
-    if path.suffix == ".toml":
-        from open_mythos.training.config import load_config
-
-        return load_config(path).model, None
-    import difflib
-
-    close = difflib.get_close_matches(target, VARIANTS, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the variants are {', '.join(VARIANTS)}"
-    raise ConfigError(f"{target!r} is not a variant, a .toml config, a run or a saved model; {hint}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,131 @@
+"""``mythos generate`` and ``mythos bench`` run the engine, and give what the simple path gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from open_mythos import ByteTokenizer, MythosConfig, OpenMythos, cli, save_pretrained
+from open_mythos.cli.inference import exit_rule
+from open_mythos.inference import exits
+from open_mythos.inference.generate import generate
+
+LOOPS = 4
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    cfg = MythosConfig(
+        vocab_size=259, dim=32, n_heads=2, n_kv_heads=1, attn_type="gqa", max_seq_len=64, max_loop_iters=LOOPS,
+        prelude_layers=1, coda_layers=1, n_experts=4, n_experts_per_tok=2, n_shared_experts=1, expert_dim=16,
+        lora_rank=2, eos_token_id=257,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("saved")
+    save_pretrained(OpenMythos(cfg), folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(arg) for arg in args])
+    found = capsys.readouterr()
+    assert not stop.value.code, found.err
+    return found.out, found.err
+
+
+def continued(folder: Path, prompt: str, **settings: object) -> str:
+    """What the simple path gives."""
+    from open_mythos import from_pretrained
+
+    tokenizer = ByteTokenizer()
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    return prompt + tokenizer.decode(
+        generate(from_pretrained(folder), ids, **settings)[0, ids.shape[1] :].tolist()
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ((), {}),
+        (("--loops", 7), {"n_loops": 7}),
+        (("--exit", "state:0.6,min=2"), {"exit": exits.StateChange(0.6, min_loops=2)}),
+        (("--exit", "same"), {"exit": exits.SamePrediction()}),
+        (("--speculate", "2,3"), {}),
+    ],
+)
+def test_greedy_text_is_that_of_the_simple_path(
+    saved: Path, flags: tuple[object, ...], settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--max-new-tokens", 12, "--temperature", 0)
+    out, _ = run(capsys, "generate", saved, "--prompt", "Once", *args, *flags)
+    assert out == continued(saved, "Once", max_new_tokens=12, temperature=0, **settings) + "\n"
+
+
+def test_several_prompts_share_a_batch(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("generate", saved, "--max-new-tokens", 6, "--seed", 3, "--prompt", "Once", "--prompt", "or more")
+    out, err = run(capsys, *args, "--report")
+    texts = [
+        continued(saved, prompt, max_new_tokens=6, temperature=0.8, seed=3 + i)
+        for i, prompt in enumerate(("Once", "or more"))
+    ]
+    assert out == "\n\n".join(texts) + "\n"
+    assert err.splitlines() == [f"6 tokens, {LOOPS} loops each"] * 2
+
+
+def test_a_report_tells_the_loops_of_an_exit_rule(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("generate", saved, "--prompt", "Once", "--max-new-tokens", 6, "--exit", "state:100", "--report")
+    _, err = run(capsys, *args)
+    assert err == f"6 tokens, 1.00 loops each, of {LOOPS}\n"
+
+
+def test_fewer_bits_are_asked_for_by_name(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("generate", saved, "--prompt", "Once", "--max-new-tokens", 6, "--temperature", 0)
+    for flags in (("--weights", "int8"), ("--weights", "bfloat16"), ("--cache", "int8")):
+        out, _ = run(capsys, *args, *flags)
+        assert out.startswith("Once")
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("fixed:3", exits.Fixed(3)),
+        ("act:0.9", exits.ACT(0.9)),
+        ("state", exits.StateChange()),
+        ("state:0.1,min=2,max=8", exits.StateChange(0.1, min_loops=2, max_loops=8)),
+        ("kl:1e-2,every=2,reads=head", exits.PredictionChange(1e-2, every=2, reads="head")),
+        ("same:2", exits.SamePrediction(2)),
+        ("top:0.8", exits.Confidence(0.8)),
+        ("margin:0.5", exits.Confidence(0.5, "margin")),
+        ("entropy:1.5", exits.Confidence(1.5, "entropy")),
+    ],
+)
+def test_rules_have_names(text: str, rule: exits.Rule) -> None:
+    assert exit_rule(text) == rule
+
+
+def test_bench_shows_and_writes_its_figures(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--batch", "1,2", "--prompt-tokens", 5, "--new-tokens", 3, "--rounds", 1)
+    out, _ = run(capsys, "bench", saved, *sizes, "--json", tmp_path / "bench.json")
+    found = json.loads((tmp_path / "bench.json").read_text())
+    works = [figure["work"] for figure in found["figures"]]
+    assert works == [
+        "prefill, batch 1", "decode, batch 1", "prefill, batch 2", "decode, batch 2",
+        f"4 requests of 2 to {LOOPS} loops on 2 rows", f"the same, all at {LOOPS} loops",
+    ]  # fmt: skip
+    assert all(work in out for work in works)
+    assert all(figure["tokens_per_s"] > 0 < figure["seconds"] for figure in found["figures"])
+    assert (found["loops"], found["weights"], found["cache"]) == (LOOPS, None, None)
+
+
+def test_bench_takes_a_variant_and_fewer_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--batch", "1", "--prompt-tokens", 4, "--new-tokens", 2, "--rounds", 1, "--loops", 2)
+    out, _ = run(capsys, "bench", "mythos_nano", *sizes, "--weights", "int8", "--cache", "int8")
+    assert "decode, batch 1" in out
