@@ -32,7 +32,7 @@ from open_mythos.model.moe import MoEFFN
 from open_mythos.model.recurrence import ACTHalting, HaltingWeights, LoRAAdapter, LTIInjection
 from open_mythos.model.transformer import OpenMythos, RecurrentBlock, TransformerBlock
 
-__all__ = ["Decoder", "decode"]
+__all__ = ["Decoder", "changed_call", "decode"]
 
 # The methods whose work the kernel does; replaced on a class or an object, they must be called.
 _METHODS: dict[type, tuple[str, ...]] = {
@@ -55,6 +55,20 @@ _METHODS: dict[type, tuple[str, ...]] = {
 }
 _STORED = (torch.float32, torch.bfloat16, torch.int8)
 _ORIGINALS = [(kind, name, getattr(kind, name)) for kind, names in _METHODS.items() for name in names]
+
+
+def changed_call(module: nn.Module) -> str | None:
+    """What makes calling one of the model's modules do something else than its class says; None if nothing does."""
+    kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has hooks"
+    if kind in (nn.ModuleList, nn.Identity):
+        return None
+    if kind not in _METHODS:
+        return f"is of class {kind.__name__}"
+    own = [name for name in _METHODS[kind] if name in module.__dict__]
+    own += [name for owner, name, was in _ORIGINALS if owner is kind and getattr(kind, name) is not was]
+    return f"has another method {own[0]!r}" if own else None
 
 
 class _WatchedError(Exception):
