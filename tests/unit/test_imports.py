@@ -33,6 +33,7 @@ TABLE = {
     "fused": Row("kernels", "torch"),
     "kernels": Row(packages="torch"),
     "kernels_gpu": Row(packages="torch triton"),
+    "rows": Row(packages="torch triton"),
     "model": Row("config expert_ops kernels ops", "torch"),
     "main": Row("config model ops", "torch"),
     "tokenizer": Row("config", "tokenizers transformers"),
@@ -42,7 +43,7 @@ TABLE = {
         "accounting config model tasks tokenizer variants weights",
         "datasets numpy pyarrow rich safetensors tomli torch trackio wandb",
     ),
-    "inference": Row("config model tokenizer weights", "numpy torch"),
+    "inference": Row("config model rows tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),
     "reproduce": Row(
         "__init__ accounting analysis config inference kernels main model ops tables tasks tokenizer training "

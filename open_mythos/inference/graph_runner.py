@@ -1,0 +1,407 @@
+"""Decode on a GPU: prelude, loop and coda of a few rows in a handful of kernels each, captured as CUDA graphs.
+
+A loop is about ten kernels (:mod:`open_mythos.rows.launch`), which read pages, positions and loop indices from memory.
+So one graph for each number of rows, rounded up, serves any rows at any positions, each at its own loop. The kernels
+are the model's own step written once more: what they do not serve runs through the modules, and ``reason`` says why.
+
+Shape letters: R rows of the engine, N entries of a graph, D model width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from open_mythos.config import MythosConfig
+from open_mythos.inference.pages import PagePool
+from open_mythos.inference.runner import Batch, PlainRunner, RowState
+from open_mythos.model import OpenMythos
+from open_mythos.model.decode import changed_call
+from open_mythos.model.recurrence import HaltingWeights, LTIInjection
+from open_mythos.rows.launch import TritonRows
+from open_mythos.rows.plain import Entries, Injection, Pages, PlainRows, wide
+
+__all__ = ["GraphRunner", "unserved"]
+
+_DTYPES = (torch.bfloat16, torch.float32)
+_GRAPHS = 64  # whole tokens of so many kinds (rows, loops) are kept
+
+
+def unserved(model: OpenMythos, pool: PagePool) -> str | None:
+    """Why the kernels do not serve this model and this pool, or None."""
+    cfg, weight = model.cfg, model.embed.weight
+    if weight.device.type != "cuda":
+        return f"the model is on {weight.device.type}, and the kernels run on cuda"
+    if weight.dtype not in _DTYPES:
+        return f"the weights are {weight.dtype}, and the kernels serve torch.bfloat16 and torch.float32"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if pool.entries is not None:
+        return "keys and values are kept in another form"
+    return _config_unserved(cfg) or _changed(model)
+
+
+def _config_unserved(cfg: MythosConfig) -> str | None:
+    for name in ("alibi", "previous_heads"):
+        if getattr(cfg, name):
+            return f"{name} = {getattr(cfg, name)!r}"
+    if cfg.halting not in ("select", "off"):
+        return f"halting = {cfg.halting!r}"
+    return None
+
+
+def _changed(model: OpenMythos) -> str | None:
+    """What makes calling the modules do something else than their classes say."""
+    if _has_any_global_hook():
+        return "there are global hooks"
+    if model.training:
+        return "the model is in training mode"
+    dtype, biased = model.embed.weight.dtype, model.recurrent.act.halt
+    for name, module in model.named_modules():
+        if (why := changed_call(module)) is not None:
+            return f"{name or 'the model'} {why}"
+        if isinstance(module, nn.Linear) and module.bias is not None and module is not biased:
+            return f"{name} has a bias"
+        if isinstance(module, nn.RMSNorm) and module.eps != model.cfg.norm_eps:
+            return f"{name}.eps is {module.eps}"
+        for key, p in module._parameters.items():
+            if p is not None and (p.dtype != dtype or not p.is_contiguous()):
+                return f"{name}.{key} is {p.dtype} and the embedding {dtype}, or it is not contiguous"
+    return None
+
+
+class _Room:
+    """What the kernels of a graph hand on, for N entries at most; graphs of fewer use its beginning."""
+
+    def __init__(self, model: OpenMythos, count: int) -> None:
+        cfg, weight = model.cfg, model.embed.weight
+        self.dtype, self.wide, self.device = weight.dtype, wide(weight.dtype), weight.device
+        slots = count * cfg.n_experts_per_tok
+        if cfg.attn_type == "mla":
+            both = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+            self.low = self._make(count, cfg.q_lora_rank + both)
+            self.q = self._make(count, cfg.n_heads, both, narrow=True)
+            self.mixed = self._make(count, cfg.n_heads * cfg.v_head_dim, narrow=True)
+        else:
+            self.low = self._make(count, (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim)
+            self.q = self._make(count, cfg.n_heads, cfg.head_dim, narrow=True)
+            self.mixed = self._make(count, cfg.n_heads * cfg.head_dim, narrow=True)
+        self.inner, self.shared = self._make(count, cfg.dim), self._make(count, cfg.dim)
+        self.dense = self._make(count, cfg.dense_dim, narrow=True)
+        self.shared_hidden = self._make(count, max(cfg.shared_dim, 1), narrow=True)
+        self.hidden, self.slots = self._make(slots, cfg.expert_dim, narrow=True), self._make(slots, cfg.dim)
+        self.chosen = torch.zeros(count, cfg.n_experts_per_tok, dtype=torch.int32, device=self.device)
+        self.weights = self._make(count, cfg.n_experts_per_tok)
+        self.logits = self._make(count, cfg.vocab_size)
+
+    def _make(self, *shape: int, narrow: bool = False) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype if narrow else self.wide, device=self.device)
+
+
+class GraphRunner(PlainRunner):
+    """:class:`PlainRunner` with decode steps in kernels, captured once for each number of rows.
+
+    Args:
+        model: in eval mode whenever this is called.
+        pool: where keys and values are.
+        state: the rows.
+        rows: who computes; None: Triton's kernels, in graphs.
+
+    Attributes:
+        reason: why the model's modules are called instead, or None.
+    """
+
+    page_size = 64
+    fork = True  # shared and routed experts side by side
+
+    def __init__(
+        self, model: OpenMythos, pool: PagePool, state: RowState, rows: PlainRows | TritonRows | None = None
+    ) -> None:
+        super().__init__(model, pool, state)
+        self._given = rows
+        self.reason: str | None = None
+        self._seen: Any = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look whether the model is still what was captured; capture anew if it is not."""
+        seen = _signature(self.model)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        plain = isinstance(self._given, PlainRows)
+        self.reason = _config_unserved(self.model.cfg) if plain else unserved(self.model, self.pool)
+        if self.reason is None:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        model, state, cfg = self.model, self.state, self.model.cfg
+        self._ops: Any = TritonRows() if self._given is None else self._given
+        rows, device = len(state.ids), state.ids.device
+        dtype = wide(model.embed.weight.dtype)
+        width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
+        exponent = torch.arange(0, width, 2, device=device, dtype=dtype) / width
+        self._inverse = cfg.rope_theta**-exponent
+        self._rope = torch.zeros(rows, width, dtype=dtype, device=device)
+        self._z = torch.zeros(rows, cfg.dim, dtype=dtype, device=device)
+        self._injection = _injection(model, state)
+        self._buckets = [1]
+        while self._buckets[-1] < rows:
+            self._buckets.append(2 * self._buckets[-1])
+        self._whole = _Room(model, self._buckets[-1])
+        # Rows of 16 bytes at least: a kernel is compiled once more for addresses that are not aligned.
+        self._tables = {
+            n: torch.full((4, max(n, 4)), -1, dtype=torch.int32, device=device) for n in self._buckets
+        }
+        self._shown: dict[int, list[list[int]]] = {}
+        self._next: dict[int, int] = {}  # loop for which each row's input has been prepared
+        self._graphs: OrderedDict[Any, Any] = OrderedDict()
+        self._memory: Any = None
+        self._side = torch.cuda.Stream() if device.type == "cuda" else None
+
+    # What a runner does.
+
+    def prelude(self, batch: Batch) -> None:
+        """As :meth:`PlainRunner.prelude`."""
+        if self.reason is not None:
+            return super().prelude(batch)
+        self._run("prelude", batch, loops=[0] * len(batch.rows))
+        self._next.update(dict.fromkeys(batch.rows, 0))
+        return None
+
+    def loop(self, batch: Batch) -> None:
+        """As :meth:`PlainRunner.loop`."""
+        if self.reason is not None:
+            return super().loop(batch)
+        if any(self._next.get(row) != t for row, t in zip(batch.rows, batch.loops, strict=True)):
+            self._run("enter", batch)  # somebody else has run this row's last loop
+        self._run("loop", batch)
+        self._next.update((row, t + 1) for row, t in zip(batch.rows, batch.loops, strict=True))
+        return None
+
+    def coda(self, batch: Batch) -> Tensor:
+        """As :meth:`PlainRunner.coda`; the logits are float32, in a buffer that the next call reuses."""
+        if self.reason is not None:
+            return super().coda(batch)
+        self._run("coda", batch)
+        return self._whole.logits[: len(batch.rows)]
+
+    def token(self, batch: Batch) -> Tensor | None:
+        """Prelude, all loops and coda in one graph."""
+        if self.reason is not None or len(set(batch.most)) != 1:
+            return None
+        loops = batch.most[0]
+        self._run(("token", loops), batch, loops=[0] * len(batch.rows))
+        self._next.update(dict.fromkeys(batch.rows, loops))
+        return self._whole.logits[: len(batch.rows)]
+
+    def rest(self, batch: Batch) -> Tensor | None:
+        """The loops that are left, equally many for all, and the coda, in one graph."""
+        if self.reason is not None or len({*zip(batch.loops, batch.most, strict=True)}) != 1:
+            return None
+        if any(self._next.get(row) != t for row, t in zip(batch.rows, batch.loops, strict=True)):
+            self._run("enter", batch)
+        self._run(("rest", batch.most[0] - batch.loops[0]), batch)
+        self._next.update(dict.fromkeys(batch.rows, batch.most[0]))
+        return self._whole.logits[: len(batch.rows)]
+
+    # How.
+
+    def _run(self, what: Any, batch: Batch, loops: Sequence[int] | None = None) -> None:
+        """Show the device the batch and launch the work."""
+        count = len(batch.rows)
+        bucket = next(n for n in self._buckets if n >= count)
+        fill = [-1] * (self._tables[bucket].shape[1] - count)
+        loops = list(batch.loops if loops is None else loops)
+        ruled = [int(each) for each in batch.ruled]
+        wanted = [[*values, *fill] for values in (batch.rows, batch.positions, loops, ruled)]
+        if self._shown.get(bucket) != wanted:
+            # Not from pinned memory, which would have to outlive the copy.
+            self._tables[bucket].copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
+        self._launch(what, bucket)
+        done = {"loop": 1}.get(what, 0) if isinstance(what, str) else what[1]
+        wanted[2] = [t + done for t in loops] + fill
+        self._shown[bucket] = wanted
+
+    def _launch(self, what: Any, bucket: int) -> None:
+        entries = Entries(*self._tables[bucket][:, :bucket].unbind())
+        name, *rest = (what,) if isinstance(what, str) else what
+        work: Callable[..., None] = getattr(self, f"_do_{name}")
+        if isinstance(self._ops, PlainRows):
+            work(entries, *rest)
+            return
+        key = what, bucket
+        if key not in self._graphs:
+            self._capture(key, lambda: work(entries, *rest), self._tables[bucket])
+        self._graphs.move_to_end(key)
+        self._graphs[key].replay()
+
+    def _capture(self, key: Any, work: Callable[[], None], table: Tensor) -> None:
+        """Compile by running it on entries that are all fill, which does nothing, and capture."""
+        kept = table.clone()
+        table.fill_(-1)
+        work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            work()
+        self._memory = graph.pool()
+        table.copy_(kept)
+        self._graphs[key] = graph
+        if len(self._graphs) > _GRAPHS:
+            self._graphs.popitem(last=False)
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """A branch of the graph that need not wait for what comes before :meth:`_join`."""
+        if self._side is None or not self.fork:
+            return nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._side)
+
+    def _join(self) -> None:
+        if self._side is not None and self.fork:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+    def _do_enter(self, entries: Entries) -> None:
+        self._ops.enter(entries, self._injection)
+
+    def _do_prelude(self, entries: Entries) -> None:
+        model, ops = self.model, self._ops
+        scale = model.cfg.dim**0.5 if model.cfg.init == "scaled" else 1.0
+        weight = model.embed.weight
+        ops.embed(entries, self.state.ids, weight, scale, self._inverse, self._rope, self._z)
+        for i, block in enumerate(model.prelude_layers):
+            self._dense(entries, block, self.pool.layers.of_prelude(i))
+        ops.enter(entries, self._injection, self._z)
+
+    def _do_loop(self, entries: Entries) -> None:
+        block: Any = self.model.recurrent.block
+        room, ops, count, eps = self._whole, self._ops, len(entries.rows), self.model.cfg.norm_eps
+        layers = self.pool.layers
+        pages = self._pages(layers.of_loop(0), looped=not layers.shared)
+        inner = self._attention(entries, block, self._injection.x, pages)
+        moe, gain, shared = block.ffn, block.ffn_norm.weight, None
+        if moe.shared is not None:
+            shared, hidden = room.shared[:count], room.shared_hidden[:count]
+            with self._beside():
+                ops.linear(
+                    entries, inner, (moe.shared.gate_up.weight,), hidden, gain=gain, eps=eps, gated=True
+                )
+                ops.linear(entries, hidden, (moe.shared.down.weight,), shared)
+        k = self.model.cfg.n_experts_per_tok
+        chosen, weights = room.chosen[:count], room.weights[:count]
+        ops.route(entries, inner, gain, moe.router.weight, moe.router_bias, chosen, weights, eps)
+        slots = room.slots[: count * k]
+        ops.experts(inner, gain, moe.w_in, moe.w_out, chosen, weights, room.hidden[: count * k], slots, eps)
+        if shared is not None:
+            self._join()
+        ops.advance(entries, self._injection, inner, shared, slots)
+
+    def _do_coda(self, entries: Entries) -> None:
+        model, ops = self.model, self._ops
+        ops.lift(entries, self._injection.chosen, self._z)
+        for i, block in enumerate(model.coda_layers):
+            self._dense(entries, block, self.pool.layers.of_coda(i))
+        logits = self._whole.logits[: len(entries.rows)]
+        eps = model.cfg.norm_eps
+        ops.linear(entries, self._z, (model.head.weight,), logits, gain=model.norm.weight, eps=eps, maps="a")
+
+    def _do_token(self, entries: Entries, loops: int) -> None:
+        self._do_prelude(entries)
+        self._do_rest(entries, loops)
+
+    def _do_rest(self, entries: Entries, loops: int) -> None:
+        for _ in range(loops):
+            self._do_loop(entries)
+        self._do_coda(entries)
+
+    def _pages(self, layer: int, looped: bool = False) -> Pages:
+        tensors = list(self.pool.tensors.values())
+        return Pages(self.pool.table, tensors[0], tensors[1] if len(tensors) > 1 else None, layer, looped)
+
+    def _dense(self, entries: Entries, block: Any, layer: int) -> None:
+        """A layer around the loop, on z in place."""
+        count, eps = len(entries.rows), self.model.cfg.norm_eps
+        inner, hidden = (
+            self._attention(entries, block, self._z, self._pages(layer)),
+            self._whole.dense[:count],
+        )
+        gain, ops = block.ffn_norm.weight, self._ops
+        ops.linear(entries, inner, (block.ffn.gate_up.weight,), hidden, gain=gain, eps=eps, gated=True)
+        ops.linear(entries, hidden, (block.ffn.down.weight,), self._z, add=inner, maps="o")
+
+    def _attention(self, entries: Entries, block: Any, x: Tensor, pages: Pages) -> Tensor:
+        """X + attention(norm(x)), (N, D), of persistent rows x."""
+        room, ops, count, eps = self._whole, self._ops, len(entries.rows), self.model.cfg.norm_eps
+        low, q, mixed, inner = (each[:count] for each in (room.low, room.q, room.mixed, room.inner))
+        attn, gain = block.attn, block.attn_norm.weight
+        if self.model.cfg.attn_type == "mla":
+            downs, up, nope = (attn.q_down.weight, attn.kv_down.weight), attn.kv_up.weight, attn.nope_dim
+            ops.linear(entries, x, downs, low, gain=gain, eps=eps, maps="a")
+            gains = attn.q_norm.weight, attn.kv_norm.weight
+            ops.queries(entries, low, *gains, attn.q_up.weight, up, self._rope, pages, q, nope, eps)
+            ops.attend(entries, q, pages, mixed, attn.scale, up, nope)
+        else:
+            ops.linear(
+                entries,
+                x,
+                (attn.wq.weight, attn.wk.weight, attn.wv.weight),
+                low,
+                gain=gain,
+                eps=eps,
+                maps="a",
+            )
+            gains = (None, None) if attn.q_norm is None else (attn.q_norm.weight, attn.k_norm.weight)
+            ops.heads(entries, low, *gains, self._rope, pages, q, eps)
+            ops.attend(entries, q, pages, mixed, attn.head_dim**-0.5)
+        ops.linear(entries, mixed, (attn.wo.weight,), inner, add=x, maps="+")
+        return inner
+
+
+def _injection(model: OpenMythos, state: RowState) -> Injection:
+    """Parameters around the block, beside the rows' state."""
+    loop, cfg = model.recurrent, model.cfg
+    dtype = wide(model.embed.weight.dtype)
+    weights: dict[str, Tensor] = {
+        "loop_norm": loop.norm.weight,
+        "log_A": loop.injection.log_A,
+        "log_dt": loop.injection.log_dt,
+        "B": loop.injection.B,
+    }
+    norms = {"input_norm": model.input_norm, "update_norm": loop.update_norm, "state_norm": loop.state_norm}
+    weights |= {name: norm.weight for name, norm in norms.items() if isinstance(norm, nn.RMSNorm)}
+    if loop.lora is not None:
+        lora = loop.lora
+        weights |= {"lora_down": lora.down.weight, "lora_B": lora.B, "lora_scale": lora.scale.weight}
+    if cfg.halting == "select":
+        weights |= {"halt": loop.act.halt.weight, "halt_bias": loop.act.halt.bias}
+    if loop.loop_dim:
+        exponent = torch.arange(0, loop.loop_dim, 2, device=state.h.device, dtype=dtype) / loop.loop_dim
+        weights["sines"] = 10000.0**-exponent
+    x = torch.zeros(state.h.shape, dtype=dtype, device=state.h.device)
+    return Injection(
+        state.e, state.h, state.before, state.chosen, x, state.mass, state.running.view(torch.int8),
+        {name: tensor.detach() for name, tensor in weights.items()},
+        loop_dim=loop.loop_dim, keep=cfg.block_output == "state",
+        still=1 - HaltingWeights(cfg).threshold if cfg.halting == "select" else None,
+        at_input=cfg.initial_state == "prelude", limits=(LTIInjection.LOW, LTIInjection.HIGH), eps=cfg.norm_eps,
+    )  # fmt: skip
+
+
+def _signature(model: OpenMythos) -> list[Any]:
+    """What the captured graphs rest on: classes, hooks, replaced methods and where the weights lie."""
+    seen: list[Any] = [model.training, _has_any_global_hook()]
+    for module in model.modules():
+        seen.append(
+            (id(module), bool(module._forward_hooks or module._forward_pre_hooks), len(module.__dict__))
+        )
+        for held in (module._parameters, module._buffers):
+            seen.extend((t.data_ptr(), t.dtype) for t in held.values() if t is not None)
+    return seen

@@ -1,0 +1,240 @@
+"""Decode in kernels. On the CPU their plain versions stand in, in float64; on a GPU, the kernels against those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from open_mythos import MythosConfig, OpenMythos
+from open_mythos.inference.graph_runner import GraphRunner, unserved
+from open_mythos.inference.pages import Layers, PagePool
+from open_mythos.inference.requests import Depth
+from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
+from open_mythos.rows.launch import TritonRows
+from open_mythos.rows.plain import PlainRows
+
+ATTENTION = ("mla", "gqa")
+# Everything the kernels take a branch for, spread over few models.
+CHANGES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "norms": {"update_norm": True, "state_norm": True, "loop_embedding": True, "initial_state": "prelude"},
+    "bare": {
+        "halting": "off", "lora_rank": 0, "block_output": "state", "qk_norm": False, "input_norm": False,
+        "n_shared_experts": 0, "init": "upstream", "tie_embeddings": False,
+    },
+    "all_experts": {"n_experts": 2, "prelude_layers": 0, "coda_layers": 0},
+}  # fmt: skip
+DEPTHS, LENGTHS, ROWS = (3, 5, 2), (5, 9, 2), (0, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def build(attn_type: str, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> OpenMythos:
+    """Sizes of which few are powers of two, heads that do not share keys evenly, no weight that is zero or one."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 96, "dim": 60, "n_heads": 6, "n_kv_heads": 4, "max_seq_len": 64, "max_loop_iters": 3,
+        "prelude_layers": 1, "coda_layers": 2, "attn_type": attn_type, "kv_lora_rank": 24, "q_lora_rank": 40,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20, "n_experts": 6, "n_shared_experts": 1,
+        "n_experts_per_tok": 2, "expert_dim": 24, "lora_rank": 3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = OpenMythos(MythosConfig(**{**sizes, **changes}))
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    model.recurrent.block.ffn.router_bias.normal_(std=0.1)
+    model.recurrent.act.halt.bias.fill_(-0.7)  # halts within the loops of these tests
+    return model.to(device, dtype).eval()
+
+
+def make(model: OpenMythos, rows: PlainRows | TritonRows | None, plain: bool = False) -> PlainRunner:
+    cfg, weight = model.cfg, model.embed.weight
+    layers = Layers(cfg.prelude_layers, 5, cfg.coda_layers)
+    pool = PagePool(
+        cfg, layers, rows=4, pages=200, page_size=4, max_context=20, dtype=weight.dtype, device=weight.device
+    )
+    state = RowState(model, 4)
+    runner = PlainRunner(model, pool, state) if plain else GraphRunner(model, pool, state, rows)
+    generator = torch.Generator().manual_seed(1)
+    for row, length, depth in zip(ROWS, LENGTHS, DEPTHS, strict=True):
+        pool.take(row, layers.needed(depth), length + 4)
+        ids = torch.randint(0, cfg.vocab_size, (1, length), generator=generator)
+        runner.prefill(Chunk((row,), (0,), ids, Depth(depth, None), True))
+    return runner
+
+
+def batch_of(step: int, done: list[int], places: list[int]) -> Batch:
+    picked = [
+        (ROWS[i], LENGTHS[i] + step, done[i], DEPTHS[i], i == 1) for i in places
+    ]  # the second is under an exit rule
+    return Batch(*zip(*picked, strict=True))
+
+
+def feed(runner: PlainRunner, step: int) -> Batch:
+    ids = torch.randint(0, 96, (len(ROWS),), generator=torch.Generator().manual_seed(10 + step))
+    runner.state.ids[list(ROWS)] = ids.to(runner.state.ids.device)
+    return batch_of(step, [0, 0, 0], [0, 1, 2])
+
+
+def decode(runner: PlainRunner, steps: int = 2) -> list[Tensor]:
+    """Logits of tokens at different depths, loop by loop, and what is left in states and pages."""
+    seen = []
+    for step in range(steps):
+        runner.prelude(feed(runner, step))
+        for t in range(max(DEPTHS)):
+            places = [i for i, depth in enumerate(DEPTHS) if t < depth]
+            runner.loop(batch_of(step, [t] * 3, places))
+        seen.append(runner.coda(batch_of(step, list(DEPTHS), [0, 1, 2])).clone())
+    rows = list(ROWS)
+    seen += [runner.state.h[rows], runner.state.e[rows], runner.state.before[[2]]]
+    return seen + [tensor[1:] for tensor in runner.pool.tensors.values()]
+
+
+def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
+    assert len(found) == len(wanted)
+    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(found, wanted, strict=True)]
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("changes", list(CHANGES))
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_the_plain_operations_are_the_model_in_float64(attn_type: str, changes: str) -> None:
+    model = build(attn_type, torch.float64, **CHANGES[changes])
+    assert apart(decode(make(model, PlainRows())), decode(make(model, None, plain=True))) < 1e-12
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_whole_token_is_its_parts(attn_type: str) -> None:
+    model = build(attn_type, torch.float64)
+    runners = [make(model, PlainRows()) for _ in range(2)]
+    batches = [feed(runner, 0) for runner in runners]
+    one = Batch(*(values[:1] for values in vars(batches[0]).values()))
+    whole = runners[0].token(one)
+    runners[1].prelude(one)
+    for t in range(DEPTHS[0]):
+        runners[1].loop(Batch(one.rows, one.positions, (t,), one.most, one.ruled))
+    assert whole is not None
+    assert torch.equal(whole, runners[1].coda(one))
+    assert runners[0].token(batches[0]) is None  # depths differ
+
+
+def test_a_row_whose_loop_somebody_else_ran_goes_on_from_its_state() -> None:
+    model = build("mla", torch.float64)
+    mixed, plain = make(model, PlainRows()), make(model, None, plain=True)
+    for runner in (mixed, plain):
+        runner.prelude(feed(runner, 0))
+        runner.loop(batch_of(0, [0] * 3, [0, 1, 2]))
+    PlainRunner.loop(mixed, batch_of(0, [1] * 3, [0, 1]))
+    plain.loop(batch_of(0, [1] * 3, [0, 1]))
+    for runner in (mixed, plain):
+        runner.loop(batch_of(0, [2] * 3, [0, 1]))
+    assert apart([mixed.state.h[[0, 2]]], [plain.state.h[[0, 2]]]) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "value"), [("alibi", 0.5), ("previous_heads", 1), ("halting", "average")])
+def test_what_the_kernels_do_not_serve_runs_through_the_modules(name: str, value: Any) -> None:
+    model = build("mla", torch.float64, **{name: value})
+    runner = make(model, PlainRows())
+    assert isinstance(runner, GraphRunner)
+    assert runner.reason == f"{name} = {value!r}"
+    assert runner.token(Batch((0,), (5,), (0,), (3,), (False,))) is None
+    assert apart(decode(runner), decode(make(model, None, plain=True))) == 0
+
+
+def test_without_a_gpu_the_reason_is_given() -> None:
+    runner = make(build("gqa", torch.float32), None)
+    assert isinstance(runner, GraphRunner)
+    assert runner.reason == "the model is on cpu, and the kernels run on cuda"
+
+
+def watched(model: OpenMythos) -> None:
+    model.recurrent.block.register_forward_hook(lambda *_: None)
+
+
+def wrapped(model: OpenMythos) -> None:
+    model.recurrent.block.ffn.forward = model.recurrent.block.ffn.forward  # type: ignore[method-assign]
+
+
+def biased(model: OpenMythos) -> None:
+    model.recurrent.block.attn.wo.bias = nn.Parameter(torch.zeros(60))
+
+
+def training(model: OpenMythos) -> None:
+    model.train()
+
+
+def mixed(model: OpenMythos) -> None:
+    model.head.weight = nn.Parameter(model.head.weight.to(torch.bfloat16))
+
+
+def other(model: OpenMythos) -> None:
+    model.norm = nn.RMSNorm(60)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (watched, "recurrent.block has hooks"),
+        (wrapped, "recurrent.block.ffn has another method 'forward'"),
+        (biased, "recurrent.block.attn.wo has a bias"),
+        (training, "the model is in training mode"),
+        (mixed, "head.weight is torch.bfloat16"),
+        (other, "norm is of class RMSNorm"),
+    ],
+)
+def test_a_model_that_somebody_changed_is_not_served(change: Any, reason: str) -> None:
+    from open_mythos.inference import graph_runner
+
+    model = build("mla", torch.float32, tie_embeddings=False)
+    assert graph_runner._changed(model) is None
+    change(model)
+    found = graph_runner._changed(model)
+    assert found is not None
+    assert found.startswith(reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", list(CHANGES))
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_the_kernels_are_the_plain_operations(attn_type: str, changes: str) -> None:
+    exact = decode(make(build(attn_type, torch.float64, **CHANGES[changes]), PlainRows()))
+    model = build(attn_type, torch.float32, "cuda", **CHANGES[changes])
+    runner = make(model, None)
+    assert isinstance(runner, GraphRunner)
+    assert runner.reason is None
+    assert apart(decode(runner), exact) < 2e-5
+    low = build(attn_type, torch.bfloat16, "cuda", n_experts_per_tok=6)  # a choice may fall either way
+    exact = decode(make(build(attn_type, torch.float64, n_experts_per_tok=6), PlainRows()))
+    assert apart(decode(make(low, None)), exact) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_rows_beside_it_change_no_bit_of_a_row(attn_type: str) -> None:
+    model = build(attn_type, torch.bfloat16, "cuda")
+    together, alone = make(model, None), make(model, None)
+    together.prelude(feed(together, 0))
+    together.loop(batch_of(0, [0] * 3, [0, 1, 2]))
+    feed(alone, 0)
+    for i in range(3):
+        alone.prelude(batch_of(0, [0] * 3, [i]))
+        alone.loop(batch_of(0, [0] * 3, [i]))
+    assert torch.equal(together.state.h, alone.state.h)
+
+
+@pytest.mark.gpu
+def test_a_changed_weight_is_captured_anew() -> None:
+    model = build("mla", torch.float32, "cuda")
+    runner = make(model, None)
+    decode(runner)
+    model.head.weight = nn.Parameter(model.head.weight * 2)
+    runner.refresh()
+    assert unserved(model, runner.pool) is None
+    assert apart(decode(runner), decode(make(model, None, plain=True))) < 2e-5
