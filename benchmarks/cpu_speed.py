@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 CONFIG_S = {
     "vocab_size": 4096,
@@ -45,6 +46,17 @@ CONFIG_S = {
 LOOPS, BATCH, LENGTH, PROMPT, NEW = 8, 4, 256, 64, 64
 
 
+def release(source: str) -> Any:
+    """The release's model of config S, made to run all loops, from the directory that holds its package."""
+    spec = importlib.util.spec_from_file_location("upstream", Path(source) / "open_mythos" / "main.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["upstream"] = module
+    spec.loader.exec_module(module)
+    return module.OpenMythos(module.MythosConfig(**CONFIG_S, act_threshold=1e9))
+
+
 def measure(side: str, upstream: str, training: bool, generation: bool) -> dict[str, float]:
     """Tokens per second of one process: train, generate at batch 1 and 8."""
     import torch
@@ -52,13 +64,7 @@ def measure(side: str, upstream: str, training: bool, generation: bool) -> dict[
 
     torch.manual_seed(0)
     if side == "upstream":
-        spec = importlib.util.spec_from_file_location("upstream", Path(upstream) / "open_mythos" / "main.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["upstream"] = module
-        spec.loader.exec_module(module)
-        model = module.OpenMythos(module.MythosConfig(**CONFIG_S, act_threshold=1e9))
+        model = release(upstream)
     else:
         from open_mythos import MythosConfig, OpenMythos
 
