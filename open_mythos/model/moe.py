@@ -47,6 +47,8 @@ class MoEFFN(nn.Module):
 
     router_bias: Tensor
     expert_load: Tensor
+    # A scalar by which whoever trains slows the bias down, such as at the end; no part of the state.
+    pace: Tensor | None = None
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -101,11 +103,11 @@ class MoEFFN(nn.Module):
     def update_bias(self) -> None:
         """Move the bias towards underused experts by the loads counted since the last call, then forget them.
 
-        b_i ← b_i + rate · (mean_j log s_j − log s_i), with s_i = load_i / mean load + 0.05. An expert whose logits
-        drift ends where its step balances the drift, and the logarithm's step grows, where one in proportion to
-        what is lacking is at most the rate. The 0.05 bounds it for an expert that got nothing, at three times the
-        rate. Without counts nothing moves. The model calls this at the start of a training forward, once, outside
-        every recomputed region.
+        b_i ← b_i + rate · pace · (mean_j log s_j − log s_i), with s_i = load_i / mean load + 0.05. An expert whose
+        logits drift ends where its step balances the drift, and the logarithm's step grows, where one in proportion
+        to what is lacking is at most the rate. The 0.05 bounds it for an expert that got nothing, at three times
+        the rate. Without counts nothing moves. The model calls this at the start of a training forward, once,
+        outside every recomputed region.
         """
         if self.bias_rate == 0.0:
             return
@@ -114,7 +116,8 @@ class MoEFFN(nn.Module):
             dist.all_reduce(load)
         mean = load.mean()
         share = (load / mean.clamp(min=1e-9) + _FLOOR).log()
-        self.router_bias += self.bias_rate * (share.mean() - share) * (mean > 0)
+        step = self.bias_rate * (share.mean() - share) * (mean > 0)
+        self.router_bias += step if self.pace is None else step * self.pace
         self.expert_load.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:

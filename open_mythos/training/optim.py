@@ -24,6 +24,7 @@ __all__ = [
     "clip_gradients",
     "orthogonalized",
     "parameter_groups",
+    "router_pace",
     "set_lr",
     "skip_when",
 ]
@@ -222,6 +223,15 @@ class Schedule:
         else:
             factor = 1.0
         return cfg.lr * (cfg.floor + (1 - cfg.floor) * factor)
+
+
+def router_pace(step: int, steps: int) -> float:
+    """What the router bias's rate is multiplied by at step 0 … T − 1: 1, falling linearly over the last tenth to 1/20.
+
+    At its full rate the bias keeps up with a router that learns, and never comes to rest: experts that many alike
+    tokens choose are taken by all of them or by none. At the end the router hardly moves, and neither must the bias.
+    """
+    return max(0.05, min(1.0, 10 * (steps - step) / steps))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

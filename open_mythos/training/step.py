@@ -64,6 +64,10 @@ class Step:
             capture=config.parallel.graphs,
             sharded=world.size > 1,
         )
+        # A tensor, which a captured step reads anew.
+        self.pace = torch.ones((), device=world.device)
+        for moe in self._moes():
+            moe.pace = self.pace
         # In all, in a row up to now, and the longest row since the last look.
         self.skips = torch.tensor([state.skips, state.skips_in_row, 0], device=world.device)
 
@@ -78,6 +82,7 @@ class Step:
         """
         state, lr = self.state, self.schedule(self.state.step)
         routing = [(buffer, buffer.clone()) for buffer in self._routing()]
+        self.pace.fill_(optim.router_pace(state.step, self.config.train.steps))
         state.optimizer.zero_grad(set_to_none=True)
         self.monitor.begin(state.step + 1, read)
         accumulate = self.config.train.accumulate
@@ -122,8 +127,10 @@ class Step:
             )
 
     def _routing(self) -> list[Tensor]:
-        moes = [module for module in self.state.model.modules() if isinstance(module, MoEFFN)]
-        return [buffer for moe in moes for buffer in (moe.router_bias, moe.expert_load)]
+        return [buffer for moe in self._moes() for buffer in (moe.router_bias, moe.expert_load)]
+
+    def _moes(self) -> list[MoEFFN]:
+        return [module for module in self.state.model.modules() if isinstance(module, MoEFFN)]
 
     def _descend(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Add the gradient of this process's rows; returns their loss, of which the processes' mean is the batch's."""

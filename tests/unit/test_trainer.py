@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from open_mythos.config import ConfigError
+from open_mythos.model import MoEFFN
+from open_mythos.training import optim
 from open_mythos.training.checkpoint import CheckpointError, find_checkpoint
 from open_mythos.training.config import RunConfig, load_config
 from open_mythos.training.loops import LoopPlan
@@ -65,6 +67,22 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(Objective, "forward", forward)
 
     return install
+
+
+def test_the_router_bias_comes_to_rest_over_the_last_tenth(root: Path):
+    cfg = config(root, "train.steps=40", "model.router_bias_rate=0.1", "loops.kind=fixed", "loops.loops=2")
+    step = stepper(cfg)
+    (moe,) = (module for module in step.state.model.modules() if isinstance(module, MoEFFN))
+    for number, share in ((20, 1.0), (36, 1.0), (37, 0.75), (39, 0.25)):
+        step.state.step = number
+        moe.expert_load.copy_(torch.tensor([0, 10, 10, 20]))
+        before = moe.router_bias.clone()
+        step(read=False)
+        moved = moe.router_bias - before
+        # Shares of 0 and 1, each with the 0.05 of the logarithm.
+        assert float(moved[0] - moved[1]) == pytest.approx(share * 0.1 * math.log(1.05 / 0.05), abs=1e-5)
+    assert [optim.router_pace(number, 1000) for number in (0, 900, 950, 999)] == [1, 1, 0.5, 0.05]
+    assert not any("pace" in name for name in state_tensors(step.state, 0))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
