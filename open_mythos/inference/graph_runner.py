@@ -180,8 +180,7 @@ class GraphRunner(PlainRunner):
         """As :meth:`PlainRunner.loop`."""
         if self.reason is not None:
             return super().loop(batch)
-        if any(self._next.get(row) != t for row, t in zip(batch.rows, batch.loops, strict=True)):
-            self._run("enter", batch)  # somebody else has run this row's last loop
+        self._catch_up(batch)
         self._run("loop", batch)
         self._next.update((row, t + 1) for row, t in zip(batch.rows, batch.loops, strict=True))
         return None
@@ -197,20 +196,25 @@ class GraphRunner(PlainRunner):
         """Prelude, all loops and coda in one graph."""
         if self.reason is not None or len(set(batch.most)) != 1:
             return None
-        loops = batch.most[0]
-        self._run(("token", loops), batch, loops=[0] * len(batch.rows))
-        self._next.update(dict.fromkeys(batch.rows, loops))
-        return self._whole.logits[: len(batch.rows)]
+        return self._whole_of("token", batch, batch.most[0], [0] * len(batch.rows))
 
     def rest(self, batch: Batch) -> Tensor | None:
-        """The loops that are left, equally many for all, and the coda, in one graph."""
-        if self.reason is not None or len({*zip(batch.loops, batch.most, strict=True)}) != 1:
+        """The loops that are left and the coda in one graph."""
+        left = {most - done for most, done in zip(batch.most, batch.loops, strict=True)}
+        if self.reason is not None or len(left) != 1:
             return None
+        self._catch_up(batch)
+        return self._whole_of("rest", batch, left.pop(), batch.loops)
+
+    def _whole_of(self, name: str, batch: Batch, loops: int, done: Sequence[int]) -> Tensor:
+        self._run((name, loops), batch, done)
+        self._next.update((row, t + loops) for row, t in zip(batch.rows, done, strict=True))
+        return self._whole.logits[: len(batch.rows)]
+
+    def _catch_up(self, batch: Batch) -> None:
+        """Read the states of rows whose last loop somebody else has run."""
         if any(self._next.get(row) != t for row, t in zip(batch.rows, batch.loops, strict=True)):
             self._run("enter", batch)
-        self._run(("rest", batch.most[0] - batch.loops[0]), batch)
-        self._next.update(dict.fromkeys(batch.rows, batch.most[0]))
-        return self._whole.logits[: len(batch.rows)]
 
     # How.
 

@@ -115,14 +115,19 @@ def test_a_whole_token_is_its_parts(attn_type: str) -> None:
     model = build(attn_type, torch.float64)
     runners = [make(model, PlainRows()) for _ in range(2)]
     batches = [feed(runner, 0) for runner in runners]
-    one = Batch(*(values[:1] for values in vars(batches[0]).values()))
-    whole = runners[0].token(one)
-    runners[1].prelude(one)
+    whole = runners[0].token(batches[0].pick([0]))
+    runners[1].prelude(batches[1].pick([0]))
     for t in range(DEPTHS[0]):
-        runners[1].loop(Batch(one.rows, one.positions, (t,), one.most, one.ruled))
+        runners[1].loop(batch_of(0, [t], [0]))
+    parts = runners[1].coda(batches[1].pick([0])).clone()
     assert whole is not None
-    assert torch.equal(whole, runners[1].coda(one))
+    assert torch.equal(whole, parts)
     assert runners[0].token(batches[0]) is None  # depths differ
+    runners[1].prelude(batches[1].pick([0]))
+    runners[1].loop(batch_of(0, [0], [0]))
+    rest = runners[1].rest(batch_of(0, [1], [0]))
+    assert rest is not None
+    assert torch.equal(rest, parts)
 
 
 def test_a_row_whose_loop_somebody_else_ran_goes_on_from_its_state() -> None:
