@@ -54,3 +54,22 @@ void om_part(const Step *s, i64 which) {
         (which == 0 ? begin_token : which == 1 ? advance : end_token)(s, t);
     }
 }
+
+/* Parts of a token one after the other: its beginning if asked for, so many loops (s->at has the row's index in each,
+ * (loops, N)), and its end if asked for. */
+void om_parts(const Step *s, i64 begins, i64 loops, i64 ends) {
+#pragma omp parallel num_threads((int)s->threads) if (s->threads > 1)
+    {
+        Work work = {.part = omp_get_thread_num(), .parts = omp_get_num_threads()}, *t = &work;
+        Step now = *s;
+        lay_out(s, s->room, t);
+        if (begins) begin_token(s, t);
+        for (i64 i = 0; i < loops; i++) {
+#pragma omp barrier
+            now.at = s->at + i * s->N;
+            advance(&now, t);
+        }
+#pragma omp barrier
+        if (ends) end_token(s, t);
+    }
+}

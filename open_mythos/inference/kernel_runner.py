@@ -26,8 +26,6 @@ class KernelRunner(PlainRunner):
         state: the rows.
     """
 
-    keeps = False
-
     def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
         super().__init__(model, pool, state)
         self.ragged = False  # products are bound by arithmetic here, which padding would waste
@@ -84,11 +82,25 @@ class KernelRunner(PlainRunner):
         """A whole token in one kernel."""
         if self._decoder is None:
             return None
-        logits = [
-            self._decoder.tokens(p.rows, p.positions, p.ruled, self._ids(p).unsqueeze(1), p.most[0])[:, 0]
-            for p in _pieces(batch)
-        ]
+        decoder, pieces = self._decoder, _pieces(batch)
+        if batch.keep:
+            logits = [
+                decoder.parts(p.rows, p.positions, p.loops, p.ruled, p.most[0], self._ids(p)) for p in pieces
+            ]
+        else:
+            logits = [
+                decoder.tokens(p.rows, p.positions, p.ruled, self._ids(p).unsqueeze(1), p.most[0])[:, 0]
+                for p in pieces
+            ]
         return torch.cat(logits)
+
+    def rest(self, batch: Batch) -> Tensor | None:
+        """The loops that are left in one kernel."""
+        if self._decoder is None:
+            return None
+        left = batch.most[0] - batch.loops[0]
+        parts = _pieces(batch)
+        return torch.cat([self._decoder.parts(p.rows, p.positions, p.loops, p.ruled, left) for p in parts])
 
     def _ids(self, batch: Batch) -> Tensor:
         return self.state.ids[list(batch.rows)]

@@ -60,6 +60,7 @@ class Batch:
         loops: loops that its token has done; the next one has this index.
         most: loops at most.
         ruled: under an exit rule; the others' state is chosen by the model's own halting.
+        keep: a whole token must leave in the rows' states what its loops would.
     """
 
     rows: tuple[int, ...]
@@ -67,11 +68,12 @@ class Batch:
     loops: tuple[int, ...]
     most: tuple[int, ...]
     ruled: tuple[bool, ...]
+    keep: bool = False
 
     def pick(self, places: Sequence[int]) -> Batch:
         """Some of them, by their place here."""
         fields = (self.rows, self.positions, self.loops, self.most, self.ruled)
-        return Batch(*(tuple(each[i] for i in places) for each in fields))  # type: ignore[arg-type]
+        return Batch(*(tuple(each[i] for i in places) for each in fields), keep=self.keep)  # type: ignore[arg-type, misc]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,6 @@ class Runner(Protocol):
     state: RowState
     page_size: int
     ragged: bool  # whether chunks of unequal prompts pay
-    keeps: bool  # a whole token leaves the rows' states as its loops would have
 
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
         """Logits (n, V) of the last tokens, and loops (n, S) that tokens spent under a rule."""
@@ -159,7 +160,6 @@ class PlainRunner:
 
     page_size = 16
     ragged = True
-    keeps = True
 
     def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
         self.model, self.pool, self.state = model, pool, state

@@ -206,6 +206,7 @@ def batch_of(lanes: Sequence[Lane], to_goal: bool = False) -> Batch:
         tuple(lane.loops for lane in lanes),
         tuple(lane.goal if to_goal else lane.depth.most for lane in lanes),
         tuple(lane.depth.ruled for lane in lanes),
+        any(not lane.run.checking for lane in lanes),
     )
 
 

@@ -305,8 +305,7 @@ class Scheduler:
         if not alike or any(lane.depth.rule is not None for lane in lanes):
             return lanes
         begun = lanes[0].begun
-        drafting = not begun and self.runner.keeps
-        if not all(lane.run.checking or (drafting and lane.run.proposes(lane)) for lane in lanes):
+        if not all(lane.run.checking or (not begun and lane.run.proposes(lane)) for lane in lanes):
             return lanes
         call = self.runner.rest if begun else self.runner.token
         loops, left = lanes[0].goal - lanes[0].loops, []

@@ -154,6 +154,27 @@ class PagedDecoder:
         del kept
         return logits
 
+    def parts(
+        self,
+        rows: Sequence[int],
+        past: Sequence[int],
+        loops: Sequence[int],
+        ruled: Sequence[bool],
+        count: int,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """So many loops of each row, and logits (n, V), on what is kept; with ids (n,) a token begins before."""
+        step, kept = self._prepare(rows, past, ruled, 1, 0)
+        at = _numbers([loop + i for i in range(count) for loop in loops])
+        logits = torch.empty(len(rows), self._vocab, dtype=torch.float32, device="cpu")
+        step.at, step.logits = ctypes.addressof(at), logits.data_ptr()
+        if ids is not None:
+            ids = ids.contiguous()
+            step.ids = ids.data_ptr()
+        kernels._call("om_parts", ctypes.addressof(step), int(ids is not None), count, 1)
+        del kept, at
+        return logits
+
     def _part(
         self,
         which: int,

@@ -91,7 +91,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, model: OpenMythos, prompts: list[Te
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "_call", lambda name, *a: called.append(name) or call(name, *a))
         found, ours, _ = answers(monkeypatch, model, KernelRunner, prompts, **how)
-    assert {"om_part", "om_step"} <= set(called)
+    assert "om_part" in called
     assert found == wanted
     for a, b in zip(ours, logits, strict=True):
         assert (a - b).abs().max() <= 2e-4 * b.abs().max()
