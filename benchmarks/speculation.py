@@ -38,7 +38,7 @@ from open_mythos.training.sources import evaluation_batches
 
 CONFIG = Path(__file__).with_suffix(".toml")
 TOY = [
-    "model.variant='mythos_nano'", "model.max_loop_iters=8", "data.seq_len=128", "train.steps=150",
+    "model.variant='mythos_nano'", "model.max_loop_iters=8", "loops.high=8", "data.seq_len=128", "train.steps=150",
     "train.batch_size=8", "optim.lr=2e-3", "eval.examples=16",
 ]  # fmt: skip
 FAST = ["parallel.precision=bf16", "parallel.compile=true", "parallel.graphs=true"]
@@ -57,7 +57,7 @@ class Plan:
     compared: int = 1000
     batch: int = 50
     loops: tuple[int, ...] = (1, 2)
-    tokens: tuple[int, ...] = (2, 3, 4, 6, 8)
+    tokens: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
 
 
 SMALL = Plan(
@@ -65,12 +65,12 @@ SMALL = Plan(
 )
 
 
-def trained(out: Path, toy: bool) -> Path:
-    """Train as the config says; the folder of the model."""
+def trained(out: Path, toy: bool, changes: list[str]) -> Path:
+    """Train as the config says, with changes to it; the folder of the model."""
     folder = out.parent / "speculation-run"
     command = [sys.executable, "-m", "open_mythos.cli", "train", str(CONFIG)]
     overrides = TOY if toy else FAST if torch.cuda.is_available() else []
-    subprocess.run([*command, *overrides, "--out", str(folder), "--overwrite"], check=True)
+    subprocess.run([*command, *overrides, *changes, "--out", str(folder), "--overwrite"], check=True)
     return folder / "model"
 
 
@@ -272,6 +272,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/speculation.json"), help="JSON to write")
     parser.add_argument("--model", type=Path, help="a saved model, instead of training one")
     parser.add_argument("--train-only", action="store_true", help="train, and stop")
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="changes to the config of the training: section.key=value"
+    )
     parser.add_argument("--toy", action="store_true", help="toy size, on the CPU")
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, help="default: bf16 and fp32 on a GPU, else fp32"
@@ -282,7 +285,7 @@ def main() -> None:
     plan = SMALL if args.toy else Plan()
     plan = replace(plan, compared=args.prompts or plan.compared)
     device = "cuda" if torch.cuda.is_available() and not args.toy else "cpu"
-    folder = args.model or trained(args.out, args.toy)
+    folder = args.model or trained(args.out, args.toy, args.set)
     if args.train_only:
         return
     ids = {
