@@ -82,8 +82,8 @@ class Engine:
         policy: how loops share the cache; exact (every loop) when None.
         entries: how keys and values are kept; as they are when None.
         deterministic: compute every row alone, so that its bits are the same whatever else runs. Slow.
-        coda_every: loops between codas while other rows still loop; 1 when None. More reads the coda's weights less
-            often, and keeps rows waiting.
+        coda_every: loops between codas, while more than three quarters of the rows still loop. More reads the
+            coda's weights less often, and keeps rows waiting.
         runner: makes what computes; None takes the fastest that serves the model.
 
     Raises:
@@ -104,7 +104,7 @@ class Engine:
         policy: LoopPolicy | None = None,
         entries: Entries | None = None,
         deterministic: bool = False,
-        coda_every: int | None = None,
+        coda_every: int = 4,
         runner: MakeRunner | None = None,
     ) -> None:
         if not isinstance(model, OpenMythos):
@@ -124,7 +124,7 @@ class Engine:
             "page_size": page_size,
             "prefill_chunk": prefill_chunk,
             "queue": queue,
-            "coda_every": 1 if coda_every is None else coda_every,
+            "coda_every": coda_every,
         }
         for name, value in limits.items():
             _whole(name, value, 1, None)
@@ -151,7 +151,7 @@ class Engine:
             rows=max_rows,
             chunk=prefill_chunk,
             queue=queue,
-            coda_every=limits["coda_every"],
+            coda_every=coda_every,
             alone=bool(deterministic),
             lag=2 if device.type == "cuda" else 0,
         )
@@ -334,7 +334,7 @@ class Engine:
     def cancel(self, handle: Handle) -> None:
         """End a request, at once if no turn is running, else after it."""
         with self._changed:
-            handle.cancelled = True
+            self._scheduler.cancel(handle)
             if self._driver is None:
                 self._scheduler.sweep()
 

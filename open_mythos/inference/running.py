@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.inference.requests import Checked, Depth, Handle
+from open_mythos.inference.requests import Checked, Handle
 from open_mythos.inference.runner import Batch, Chunk
 from open_mythos.inference.sampler import Sampler
 from open_mythos.inference.sampling import probabilities
@@ -76,6 +76,7 @@ class Lane:
         loops: it has done.
         goal: loops after which it rests.
         begun: the prelude has run.
+        rests: the coda is next, or others must come as far.
         done: its loops are done.
         memory: what its rule remembers of it.
         probed: loop after which its rule last decoded it.
@@ -89,26 +90,22 @@ class Lane:
     loops: int = 0
     goal: int = 0
     begun: bool = False
+    rests: bool = False
     done: bool = False
     memory: dict[str, Tensor] = field(default_factory=dict)
     probed: int | None = None
     proposed: Tensor | None = None
     answer: Tensor | None = None
 
-    @property
-    def depth(self) -> Depth:
-        """Of its request."""
-        return self.run.handle.checked.depth
-
-    @property
-    def rests(self) -> bool:
-        """The coda is next, or others must come as far."""
-        return self.done or (self.begun and self.loops == self.goal)
+    def __post_init__(self) -> None:
+        # Asked in every loop of every row.
+        self.depth = self.run.depth
+        self.most, self.rule, self.ruled = self.depth.most, self.depth.rule, self.depth.ruled
 
     def start(self, position: int, goal: int) -> None:
         """A new token."""
         self.position, self.loops, self.goal = position, 0, goal
-        self.begun, self.done = False, False
+        self.begun = self.rests = self.done = False
         self.memory, self.probed, self.proposed, self.answer = {}, None, None, None
 
 
@@ -121,6 +118,8 @@ class Running:
         sampler: how it draws.
 
     Attributes:
+        depth: of its tokens.
+        row: the first, whose pages they are.
         fed: tokens of the prompt that are cached.
         drawn: new tokens drawn, of which some may not have been read yet.
         lanes: in the order of their positions.
@@ -131,24 +130,15 @@ class Running:
 
     def __init__(self, handle: Handle, rows: Sequence[int], sampler: Sampler) -> None:
         self.handle, self.sampler, self.fed, self.drawn = handle, sampler, 0, 0
+        self.depth, self.row = handle.checked.depth, rows[0]
         self.lanes = [Lane(self, row) for row in rows]
         self.drafts, self.checking = 0, True
         self.active = self.lanes[:1]
 
     @property
-    def row(self) -> int:
-        """The first, whose pages they are."""
-        return self.lanes[0].row
-
-    @property
     def checked(self) -> Checked:
         """What was asked."""
         return self.handle.checked
-
-    @property
-    def depth(self) -> Depth:
-        """Of its tokens."""
-        return self.handle.checked.depth
 
     def next_token(self, gained: int = 1) -> None:
         """So many tokens were drawn, and the last of them is to be fed next."""
@@ -182,6 +172,7 @@ class Running:
         self.checking, self.active = True, self.lanes[: self.drafts + 1]
         for lane in self.active:
             lane.goal = self.depth.most
+            lane.rests = lane.done or lane.loops == lane.goal
         return self.active if all(lane.rests for lane in self.active) else []
 
 
@@ -201,11 +192,11 @@ class Late:
 def batch_of(lanes: Sequence[Lane], to_goal: bool = False) -> Batch:
     """What a runner is told of lanes; their most loops are those to their goal if asked for."""
     return Batch(
-        tuple(lane.row for lane in lanes),
-        tuple(lane.position for lane in lanes),
-        tuple(lane.loops for lane in lanes),
-        tuple(lane.goal if to_goal else lane.depth.most for lane in lanes),
-        tuple(lane.depth.ruled for lane in lanes),
+        tuple([lane.row for lane in lanes]),
+        tuple([lane.position for lane in lanes]),
+        tuple([lane.loops for lane in lanes]),
+        tuple([lane.goal if to_goal else lane.most for lane in lanes]),
+        tuple([lane.ruled for lane in lanes]),
         any(not lane.run.checking for lane in lanes),
     )
 

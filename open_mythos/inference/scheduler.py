@@ -13,6 +13,7 @@ Shape letters: n rows of a call, V vocabulary.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
@@ -53,7 +54,7 @@ class Scheduler:
         rows: requests that run at once.
         chunk: tokens of prompts in one call; a prompt is cut at multiples of it, whatever else goes on.
         queue: requests that may wait.
-        coda_every: ticks between codas, while others still loop.
+        coda_every: ticks between codas, while most rows still loop.
         alone: compute each row by itself, so that its bits do not depend on others.
         lag: reads of new tokens that may be outstanding.
     """
@@ -81,7 +82,9 @@ class Scheduler:
         )
         self._inbox: deque[Handle] = deque()
         self._waiting: deque[Handle] = deque()
-        self._rows: list[Running | None] = [None] * rows
+        self._count, self._free_rows = rows, list(range(rows))
+        self._running: list[Running] = []  # by row
+        self._cancelled = False
         self._late: deque[Late] = deque()
         self._owed = 0  # ticks, before the next chunk
         self._since_coda = 0
@@ -102,9 +105,9 @@ class Scheduler:
                 f"{checked.depth.most} loops), more than the {self.pool.capacity} there are: raise cache_bytes"
             )
         lanes = lanes_of(checked)
-        if lanes > len(self._rows):
+        if lanes > self._count:
             raise ValueError(
-                f"Draft.tokens = {lanes - 1} is not allowed: it takes {lanes} rows, and max_rows = {len(self._rows)}"
+                f"Draft.tokens = {lanes - 1} is not allowed: it takes {lanes} rows, and max_rows = {self._count}"
             )
         if self.waiting >= self._queue:
             raise QueueFull(f"{self.waiting} requests wait already: try again when some have finished")
@@ -118,7 +121,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that have one."""
-        return len(self._all())
+        return len(self._running)
 
     def room(self) -> bool:
         """Whether one more may wait."""
@@ -127,13 +130,20 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing to do."""
-        return not (self.waiting or self._late or self.running)
+        return not (self._running or self._late or self.waiting)
+
+    def cancel(self, handle: Handle) -> None:
+        """Let a request go in the next sweep."""
+        handle.cancelled = self._cancelled = True
 
     def sweep(self) -> None:
         """Take in who has come, and let go of who was cancelled."""
         while self._inbox:
             self._waiting.append(self._inbox.popleft())
-        for run in self._all():
+        if not self._cancelled:
+            return
+        self._cancelled = False
+        for run in list(self._running):
             if run.handle.cancelled:
                 self._end(run, "cancelled")
         for handle in [handle for handle in self._waiting if handle.cancelled]:
@@ -147,16 +157,16 @@ class Scheduler:
     def cancel_all(self) -> None:
         """Cancel everything."""
         self.sweep()
-        runs = self._all() + [run for late in self._late for run in late.runs]
+        runs = self._running + [run for late in self._late for run in late.runs]
         for handle in [*self._waiting, *(run.handle for run in runs)]:
-            handle.cancelled = True
+            self.cancel(handle)
         self.sweep()
         self._late.clear()
 
     def fail_all(self, error: Exception) -> None:
         """End everything."""
         self.sweep()
-        for run in self._all():
+        for run in list(self._running):
             self._end(run, "failed", error)
         for late in self._late:
             for run in late.runs:
@@ -164,9 +174,6 @@ class Scheduler:
         while self._waiting:
             self._close(self._waiting.popleft(), "failed", error)
         self._late.clear()
-
-    def _all(self) -> list[Running]:
-        return [run for row, run in enumerate(self._rows) if run is not None and run.row == row]
 
     def _layers(self, checked: Checked) -> list[int]:
         return self.pool.layers.needed(checked.depth.most, checked.depth.probes)
@@ -180,10 +187,10 @@ class Scheduler:
         self._close(run.handle, reason, error)
 
     def _free(self, run: Running) -> None:
-        if self._rows[run.row] is run:
+        if run in self._running:
             rows = [lane.row for lane in run.lanes]
-            for row in rows:
-                self._rows[row] = None
+            self._running.remove(run)
+            self._free_rows = sorted(self._free_rows + rows)
             self.pool.release(run.row)
             self.pool.share(run.row, rows[1:])
 
@@ -200,32 +207,31 @@ class Scheduler:
         self._read(self._lag)
         self._admit()
         # Those who decode run as many loops between two chunks as a chunk took, so half of the time is theirs.
-        if self._owed <= 0 or not any(run.drawn for run in self._all()):
-            self._prompts()
+        reading = [run for run in self._running if not run.drawn]
+        if reading and (self._owed <= 0 or len(reading) == len(self._running)):
+            self._prompts(reading)
         self._tick()
-        self._read(self._lag if self.running else 0)
+        self._read(self._lag if self._running else 0)
 
     def _admit(self) -> None:
         """First come, first served: who does not fit yet keeps those behind waiting, so that nobody starves."""
-        while self._waiting:
+        while self._waiting and self._free_rows:
             checked = self._waiting[0].checked
-            rows = [row for row, run in enumerate(self._rows) if run is None][: lanes_of(checked)]
-            if len(rows) < lanes_of(checked) or self._pages(checked) > self.pool.free:
+            lanes = lanes_of(checked)
+            if len(self._free_rows) < lanes or self._pages(checked) > self.pool.free:
                 return
+            rows, self._free_rows = self._free_rows[:lanes], self._free_rows[lanes:]
             self.pool.take(rows[0], self._layers(checked), checked.cached)
             self.pool.share(rows[0], rows[1:])
             handle = self._waiting.popleft()
             run = Running(handle, rows, Sampler(checked, handle.number, self.runner.state.ids.device))
-            for row in rows:
-                self._rows[row] = run
+            insort(self._running, run, key=lambda run: run.row)
 
     # Prompts.
 
-    def _prompts(self) -> None:
+    def _prompts(self, reading: list[Running]) -> None:
         """A chunk of the prompt that came first, and of others beside it."""
-        reading = sorted((run for run in self._all() if not run.drawn), key=lambda run: run.handle.number)
-        if not reading:
-            return
+        reading.sort(key=lambda run: run.handle.number)
         together = sorted(self._beside(reading), key=lambda run: (-run.depth.most, run.row))
 
         def prefill(lanes: list[Lane]) -> tuple[Tensor | None, Tensor | None]:
@@ -247,8 +253,8 @@ class Scheduler:
                 some = logits if len(ends) == len(lanes) else logits[torch.tensor(ends, device=logits.device)]
                 self._drawn([lanes[i] for i in ends], some)
         # A chunk takes as long as so many ticks. The more rows decode, the more of the time is theirs: up to half.
-        decoding = sum(run.drawn > 0 for run in self._all())
-        self._owed = together[0].depth.most * decoding // len(self._rows)
+        decoding = sum(run.drawn > 0 for run in self._running)
+        self._owed = together[0].depth.most * decoding // self._count
 
     def _beside(self, reading: list[Running]) -> list[Running]:
         """Who joins the first: as many as a chunk holds, without padding where that does not pay."""
@@ -272,28 +278,33 @@ class Scheduler:
     # Tokens.
 
     def _tick(self) -> None:
-        lanes = self._at_once([lane for run in self._all() if run.drawn for lane in run.active])
+        lanes = self._at_once([lane for run in self._running if run.drawn for lane in run.active])
         if not lanes:
             return
         self._each([lane for lane in lanes if not lane.begun], self._begin)
-        moved = [lane for group, _ in self._each(self._looping(), self._advance) for lane in group]
+        looping = [lane for lane in lanes if lane.begun and not lane.rests]
+        moved = [lane for group, _ in self._each(looping, self._advance) for lane in group]
         if moved:
             self.stats.ticks += 1
             self.stats.row_loops += len(moved)
             self._owed -= 1
-        self._ask([lane for lane in moved if lane.depth.rule is not None and not lane.done])
+        self._ask([lane for lane in moved if lane.rule is not None and not lane.done])
         self._since_coda += 1
-        ready = [lane for run in self._all() if run.drawn for lane in run.ready()]
-        if ready and (self._since_coda >= self._coda_every or not self._looping()):
+        self._codas()
+
+    def _codas(self) -> None:
+        """Decode who rests, unless that may wait for more of them."""
+        runs = [run for run in self._running if run.drawn]
+        rests = [lane.rests for run in runs for lane in run.active]
+        if self._since_coda < self._coda_every and 4 * sum(rests) < len(rests):
+            return
+        ready = [lane for run in runs for lane in run.ready()]
+        if ready:
             self._since_coda = 0
             self.stats.codas += 1
             ready.sort(key=lambda lane: lane.row)
             for group, logits in self._each(ready, lambda group: self.runner.coda(batch_of(group))):
                 self._decoded(group, logits)
-
-    def _looping(self) -> list[Lane]:
-        active = [lane for run in self._all() if run.drawn for lane in run.active]
-        return [lane for lane in active if lane.begun and not lane.rests]
 
     def _at_once(self, lanes: list[Lane]) -> list[Lane]:
         """Where all have the same loops before them, and then a coda, a runner may run them at once.
@@ -301,8 +312,10 @@ class Scheduler:
         Returns:
             Who must loop.
         """
-        alike = len({(lane.begun, lane.loops, lane.goal) for lane in lanes}) == 1
-        if not alike or any(lane.depth.rule is not None for lane in lanes):
+        if not lanes:
+            return lanes
+        first = lanes[0].begun, lanes[0].loops, lanes[0].goal, None
+        if any((lane.begun, lane.loops, lane.goal, lane.rule) != first for lane in lanes):
             return lanes
         begun = lanes[0].begun
         if not all(lane.run.checking or (not begun and lane.run.proposes(lane)) for lane in lanes):
@@ -318,8 +331,8 @@ class Scheduler:
             self.stats.codas += 1
             self._owed -= loops
             for lane in group:
-                lane.begun, lane.loops = True, lane.goal
-                lane.done = lane.loops == lane.depth.most
+                lane.begun, lane.loops, lane.rests = True, lane.goal, True
+                lane.done = lane.loops == lane.most
             self._decoded(group, logits)
         return left
 
@@ -332,13 +345,14 @@ class Scheduler:
         self.runner.loop(batch_of(lanes))
         for lane in lanes:
             lane.loops += 1
-            lane.done = lane.loops == lane.depth.most
+            if lane.loops >= lane.goal:
+                lane.rests, lane.done = True, lane.loops == lane.most
 
     def _ask(self, lanes: list[Lane]) -> None:
         """Let rules say who leaves; those at the same loop under equal rules are asked together."""
         groups: dict[tuple[object, int], list[Lane]] = {}
         for lane in lanes:
-            groups.setdefault((_key(lane.depth.rule), lane.loops), []).append(lane)
+            groups.setdefault((_key(lane.rule), lane.loops), []).append(lane)
         asked = [answer for group in groups.values() for answer in self._each(group, self._answer)]
         decided = [(group, answer) for group, answer in asked if answer is not None]
         if not decided:
@@ -349,11 +363,11 @@ class Scheduler:
         gone.sort(key=lambda lane: lane.row)
         for group, _ in self._each(gone, self._leave):
             for lane in group:
-                lane.done = True
+                lane.done = lane.rests = True
 
     def _answer(self, lanes: list[Lane]) -> Tensor | None:
         """Who of these leaves, (n,) bool, or None where nobody may yet."""
-        rule, loops, state, batch = lanes[0].depth.rule, lanes[0].loops, self.runner.state, batch_of(lanes)
+        rule, loops, state, batch = lanes[0].rule, lanes[0].loops, self.runner.state, batch_of(lanes)
         assert rule is not None
         rows = torch.tensor(batch.rows, device=state.h.device)
         memories = [dict(lane.memory) for lane in lanes]
@@ -367,7 +381,7 @@ class Scheduler:
         answer = leaving(rule, seen)
         for lane, memory in zip(lanes, memories, strict=True):
             lane.memory, lane.probed = memory, probed[-1] if probed else lane.probed
-        return answer if loops >= min(rule.min_loops, lanes[0].depth.most) else None
+        return answer if loops >= min(rule.min_loops, lanes[0].most) else None
 
     def _leave(self, lanes: list[Lane]) -> None:
         probes = [lane.depth.probes for lane in lanes]
