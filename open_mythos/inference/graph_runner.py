@@ -22,15 +22,32 @@ from torch.nn.modules.module import _has_any_global_hook
 from open_mythos.config import MythosConfig
 from open_mythos.inference.pages import PagePool
 from open_mythos.inference.runner import Batch, PlainRunner, RowState
-from open_mythos.model import OpenMythos
+from open_mythos.model import (
+    ACTHalting,
+    Expert,
+    GQAttention,
+    LoRAAdapter,
+    LTIInjection,
+    MLAttention,
+    MoEFFN,
+    OpenMythos,
+    RecurrentBlock,
+    RMSNorm,
+    TransformerBlock,
+)
 from open_mythos.model.decode import changed_call
-from open_mythos.model.recurrence import HaltingWeights, LTIInjection
+from open_mythos.model.recurrence import HaltingWeights
+from open_mythos.model.watch import Watch
 from open_mythos.rows.launch import TritonRows
 from open_mythos.rows.plain import Entries, Injection, Pages, PlainRows, wide
 
 __all__ = ["GraphRunner", "unserved"]
 
 _DTYPES = (torch.bfloat16, torch.float32)
+_SERVED = {
+    OpenMythos, RecurrentBlock, TransformerBlock, MLAttention, GQAttention, MoEFFN, Expert, LTIInjection, LoRAAdapter,
+    ACTHalting, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity,
+}  # fmt: skip
 _GRAPHS = 64  # whole tokens of so many kinds (rows, loops) are kept
 
 
@@ -65,7 +82,8 @@ def _changed(model: OpenMythos) -> str | None:
         return "the model is in training mode"
     dtype, biased = model.embed.weight.dtype, model.recurrent.act.halt
     for name, module in model.named_modules():
-        if (why := changed_call(module)) is not None:
+        why = changed_call(module) if type(module) in _SERVED else f"is of class {type(module).__name__}"
+        if why is not None:
             return f"{name or 'the model'} {why}"
         if isinstance(module, nn.Linear) and module.bias is not None and module is not biased:
             return f"{name} has a bias"
@@ -127,30 +145,32 @@ class GraphRunner(PlainRunner):
         super().__init__(model, pool, state)
         self._given = rows
         self.reason: str | None = None
-        self._seen: Any = None
+        self._watch: Watch | None = None
+        self._listened = False
+        cfg, weight = model.cfg, model.embed.weight
+        width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
+        exponent = torch.arange(0, width, 2, device=weight.device, dtype=wide(weight.dtype)) / width
+        self._inverse = cfg.rope_theta**-exponent
+        # Also for rows in the middle of a token when the model has changed.
+        self._rope = exponent.new_zeros(len(state.ids), width)
         self.refresh()
 
     def refresh(self) -> None:
         """Look whether the model is still what was captured; capture anew if it is not."""
-        seen = _signature(self.model)
-        if seen == self._seen:
+        listened = _has_any_global_hook()
+        if self._watch is not None and self._watch.holds() and listened == self._listened:
             return
-        self._seen = seen
+        self._watch, self._listened = Watch(self.model, lambda each: isinstance(each, Tensor)), listened
         plain = isinstance(self._given, PlainRows)
         self.reason = _config_unserved(self.model.cfg) if plain else unserved(self.model, self.pool)
         if self.reason is None:
             self._prepare()
 
     def _prepare(self) -> None:
-        model, state, cfg = self.model, self.state, self.model.cfg
+        model, state = self.model, self.state
         self._ops: Any = TritonRows() if self._given is None else self._given
         rows, device = len(state.ids), state.ids.device
-        dtype = wide(model.embed.weight.dtype)
-        width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
-        exponent = torch.arange(0, width, 2, device=device, dtype=dtype) / width
-        self._inverse = cfg.rope_theta**-exponent
-        self._rope = torch.zeros(rows, width, dtype=dtype, device=device)
-        self._z = torch.zeros(rows, cfg.dim, dtype=dtype, device=device)
+        self._z = self._rope.new_zeros(rows, model.cfg.dim)
         self._injection = _injection(model, state)
         self._buckets = [1]
         while self._buckets[-1] < rows:
@@ -397,15 +417,3 @@ def _injection(model: OpenMythos, state: RowState) -> Injection:
         still=1 - HaltingWeights(cfg).threshold if cfg.halting == "select" else None,
         at_input=cfg.initial_state == "prelude", limits=(LTIInjection.LOW, LTIInjection.HIGH), eps=cfg.norm_eps,
     )  # fmt: skip
-
-
-def _signature(model: OpenMythos) -> list[Any]:
-    """What the captured graphs rest on: classes, hooks, replaced methods and where the weights lie."""
-    seen: list[Any] = [model.training, _has_any_global_hook()]
-    for module in model.modules():
-        seen.append(
-            (id(module), bool(module._forward_hooks or module._forward_pre_hooks), len(module.__dict__))
-        )
-        for held in (module._parameters, module._buffers):
-            seen.extend((t.data_ptr(), t.dtype) for t in held.values() if t is not None)
-    return seen

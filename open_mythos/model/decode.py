@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from itertools import chain
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +29,7 @@ from open_mythos.model.layers import Expert, RMSNorm, rope_table
 from open_mythos.model.moe import MoEFFN
 from open_mythos.model.recurrence import ACTHalting, HaltingWeights, LoRAAdapter, LTIInjection
 from open_mythos.model.transformer import OpenMythos, RecurrentBlock, TransformerBlock
+from open_mythos.model.watch import Watch
 
 __all__ = ["Decoder", "changed_call", "decode"]
 
@@ -75,44 +74,25 @@ class _WatchedError(Exception):
     """The kernel would leave out something that the modules do."""
 
 
-class _Plan:
-    """Addresses and sizes of a model's parts, and what they were read from. It does not keep the model alive.
+class _Plan(Watch):
+    """Addresses and sizes of a model's parts, and what they were read from.
 
     Args:
         model: any model.
     """
 
     def __init__(self, model: OpenMythos) -> None:
-        own = [vars(module) for module in model.modules()]
-        held = [attributes[name] for attributes in own for name in ("_parameters", "_buffers", "_modules")]
-        self._attributes = own + held
-        self._hooks = [
-            attributes[name] for attributes in own for name in ("_forward_hooks", "_forward_pre_hooks")
-        ]
-        tensors = [tensor for each in held for tensor in each.values()]
-        self._tensors = [tensor for tensor in tensors if kernels.readable(tensor, *_STORED)]
-        self._seen = self._now()
+        super().__init__(model, lambda tensor: kernels.readable(tensor, *_STORED))
         self.fields: dict[str, Any] = {}
         self.layers: list[kernels.Layer] | None = None  # None: the plain path must run
-        if not self._seen[0]:
+        if not self.hooked:
             with suppress(_WatchedError, AttributeError):  # another class may lack what its place has
                 self.fields, self.layers = _read(model)
-
-    def _now(self) -> tuple[bool, list[Any], list[Any]]:
-        """Whether there are hooks, all attributes, and where and how each weight lies in memory."""
-        memory = [(t.data_ptr(), t.dtype, t.shape, t.is_contiguous()) for t in self._tensors]
-        return any(self._hooks), list(chain.from_iterable(map(dict.values, self._attributes))), memory
 
     def step(self, batch: int, new: int, n_loops: int, slots: list[kernels.Slot]) -> kernels.Call:
         """A call of the kernel for B rows of S tokens and T loops."""
         assert self.layers is not None
         return kernels.Call(self.fields | {"N": batch * new, "S": new, "T": n_loops}, self.layers, slots)
-
-    def holds(self) -> bool:
-        """Whether everything still is what it was when the plan was made."""
-        (hooked, attributes, memory), (was_hooked, seen, seen_memory) = self._now(), self._seen
-        same = len(attributes) == len(seen) and all(map(is_, attributes, seen))
-        return same and hooked == was_hooked and memory == seen_memory
 
 
 _PLANS: WeakKeyDictionary[OpenMythos, _Plan] = WeakKeyDictionary()
