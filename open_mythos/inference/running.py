@@ -29,7 +29,7 @@ __all__ = [
     "Running",
     "Stats",
     "batch_of",
-    "checked_draft",
+    "checked_drafts",
     "chunk_of",
     "lanes_of",
     "piece_of",
@@ -228,32 +228,45 @@ def chunk_of(runs: list[Running], size: int) -> Chunk:
     )
 
 
-def checked_draft(run: Running, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the check of a draft comes to.
+def checked_drafts(runs: Sequence[Running], ids: Tensor) -> list[tuple[int, list[int]]]:
+    """What the checks of drafts come to. Reads the device once.
 
     Args:
-        run: all of whose active lanes have an answer.
+        runs: all of whose active lanes have an answer.
         ids: (R,) tokens that rows were fed.
 
     Returns:
-        How many tokens are gained, (1,), and which, (g + 1,), of which only those count; all of them are below zero
+        For each how many tokens are gained, and g + 1 tokens, of which only those count; all of them are below zero
         where logits are not finite.
     """
-    lanes, sampler = run.active, run.sampler
-    rows = torch.tensor([lane.row for lane in lanes[1:]], device=ids.device)
-    drafted = ids[rows].unsqueeze(0)
+    groups: dict[object, list[Running]] = {}
+    for run in runs:  # who draws has a generator of its own
+        groups.setdefault(len(run.active) if run.sampler.generator is None else run, []).append(run)
+    found = [_gained(group, ids) for group in groups.values()]
+    numbers = iter(torch.cat([gained.flatten() for gained in found]).tolist())
+    answers: dict[Running, tuple[int, list[int]]] = {}
+    for group in groups.values():
+        for run in group:
+            answers[run] = next(numbers), [next(numbers) for _ in run.active]
+    return [answers[run] for run in runs]
+
+
+def _gained(runs: list[Running], ids: Tensor) -> Tensor:
+    """Tokens gained and the tokens, (n, g + 2), of runs with equally long drafts; only one where tokens are drawn."""
+    lanes, sampler = [lane for run in runs for lane in run.active], runs[0].sampler
+    rows = torch.tensor([[lane.row for lane in run.active[1:]] for run in runs], device=ids.device)
+    drafted = ids[rows]
     answers = torch.stack([lane.answer for lane in lanes if lane.answer is not None])
-    proposed = [lane.proposed for lane in lanes if lane.proposed is not None]
-    finite = answers.isfinite().all()
-    answers = answers.masked_fill(~finite, 0).unsqueeze(0)
+    answers = answers.view(len(runs), -1, answers.shape[-1])
+    finite = answers.isfinite().flatten(1).all(1, keepdim=True)
+    answers = answers.masked_fill(~finite.unsqueeze(2), 0)
     if sampler.generator is None:
         kept, after = accept_likeliest(drafted, answers)
     else:
-        draft = torch.stack(proposed)
+        draft = torch.stack([lane.proposed for lane in lanes if lane.proposed is not None]).unsqueeze(0)
         finite = finite & draft.isfinite().all()
-        q, p = (
-            probabilities(x, *sampler.settings) for x in (draft.masked_fill(~finite, 0).unsqueeze(0), answers)
-        )
+        q, p = (probabilities(x, *sampler.settings) for x in (draft.masked_fill(~finite, 0), answers))
         kept, after = accept_drawn(drafted, q, p, sampler.generator)
-    tokens = F.pad(drafted, (0, 1)).scatter_(1, kept.unsqueeze(1), after.unsqueeze(1))[0]
-    return kept + 1, tokens.masked_fill(~finite, -1)
+    kept, after = kept.unsqueeze(1), after.unsqueeze(1)
+    tokens = F.pad(drafted, (0, 1)).scatter_(1, kept, after).masked_fill(~finite, -1)
+    return torch.cat((kept + 1, tokens), 1)

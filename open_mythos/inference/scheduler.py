@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from open_mythos.inference.pages import PagePool
+from open_mythos.inference.pages import PagePool, on_device
 from open_mythos.inference.requests import Checked, Handle, QueueFull, Reason
 from open_mythos.inference.row_exits import RowSeen, leaving
 from open_mythos.inference.runner import Runner
@@ -31,7 +31,7 @@ from open_mythos.inference.running import (
     Running,
     Stats,
     batch_of,
-    checked_draft,
+    checked_drafts,
     chunk_of,
     lanes_of,
     piece_of,
@@ -250,7 +250,7 @@ class Scheduler:
             if loops is not None:
                 lanes[0].run.handle.state.prompt_loops += loops[0].tolist()
             if logits is not None:
-                some = logits if len(ends) == len(lanes) else logits[torch.tensor(ends, device=logits.device)]
+                some = logits if len(ends) == len(lanes) else logits[on_device(ends, logits.device)]
                 self._drawn([lanes[i] for i in ends], some)
         # A chunk takes as long as so many ticks. The more rows decode, the more of the time is theirs: up to half.
         decoding = sum(run.drawn > 0 for run in self._running)
@@ -369,7 +369,7 @@ class Scheduler:
         """Who of these leaves, (n,) bool, or None where nobody may yet."""
         rule, loops, state, batch = lanes[0].rule, lanes[0].loops, self.runner.state, batch_of(lanes)
         assert rule is not None
-        rows = torch.tensor(batch.rows, device=state.h.device)
+        rows = on_device(batch.rows, state.h.device)
         memories = [dict(lane.memory) for lane in lanes]
         probed: list[int] = []
 
@@ -396,7 +396,7 @@ class Scheduler:
             self._drawn(lanes, logits)
             return
         if drawing:
-            self._drawn([lanes[i] for i in drawing], logits[torch.tensor(drawing, device=logits.device)])
+            self._drawn([lanes[i] for i in drawing], logits[on_device(drawing, logits.device)])
         checked = [
             (lane, row)
             for lane, row in zip(lanes, logits, strict=True)
@@ -417,16 +417,17 @@ class Scheduler:
                 fed.append(lane.run.drafted(lane).row)
             else:
                 fed.append(lane.row)
-        state.ids[torch.tensor(fed, device=state.ids.device)] = tokens.clamp(min=0)
+        state.ids[on_device(fed, state.ids.device)] = tokens.clamp(min=0)
         own = [i for i, lane in enumerate(lanes) if fed[i] == lane.row]
         if not own:
             return
         runs = [lanes[i].run for i in own]
         if len(own) < len(lanes):
-            tokens = tokens[torch.tensor(own, device=tokens.device)]
+            tokens = tokens[on_device(own, tokens.device)]
         event = None
         if tokens.is_cuda:
-            tokens = tokens.to("cpu", non_blocking=True)
+            # Pinned, or the copy would wait for all that the device has to do.
+            tokens = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._late.append(Late(runs, tokens, event))
@@ -441,12 +442,11 @@ class Scheduler:
         """Keep what the full depth agrees with, and begin the next draft. Reads the device once."""
         if not runs:
             return
-        state, found = self.runner.state, [checked_draft(run, self.runner.state.ids) for run in runs]
-        numbers = torch.cat([torch.cat(pair) for pair in found]).tolist()
+        ids = self.runner.state.ids
+        found = checked_drafts(runs, ids)
         self._read(0)
-        for run, (_, tokens) in zip(runs, found, strict=True):
-            count, new = int(numbers[0]), numbers[1 : 1 + len(tokens)]
-            numbers = numbers[1 + len(tokens) :]
+        going: dict[int, int] = {}
+        for run, (count, new) in zip(runs, found, strict=True):
             self.stats.checks += 1
             self.stats.drafted += run.drafts
             self.stats.kept += count - 1
@@ -457,8 +457,11 @@ class Scheduler:
                     run.handle.state.loops.append(lane.loops)
                 self._hand_out(run, token)
             if not run.handle.done:
-                state.ids[run.row] = new[count - 1]
+                going[run.row] = new[count - 1]
                 run.next_token(count)
+        if going:
+            rows, tokens = torch.tensor([[*going], [*going.values()]]).to(ids.device)
+            ids[rows] = tokens
 
     def _read(self, lag: int) -> None:
         """Hand out tokens, the oldest first, until so many reads are outstanding."""
