@@ -293,8 +293,6 @@ class Engine:
 
     def close(self) -> None:
         """Cancel everything; nothing is taken in afterwards. Waits for a turn that is running."""
-        with self._changed:
-            self._closed = True
         self._exclusive(self._cancel_all)
         self._pool.shutdown()
 
@@ -362,6 +360,8 @@ class Engine:
                 self._changed.notify_all()
 
     def _cancel_all(self) -> bool:
+        with self._changed:
+            self._closed = True
         self._scheduler.cancel_all()
         return False
 
@@ -386,6 +386,10 @@ class Engine:
 def _best(model: OpenMythos) -> MakeRunner:
     """The fastest runner that serves this model here."""
     weight = model.embed.weight
+    if weight.is_cuda:
+        from open_mythos.inference.graph_runner import GraphRunner
+
+        return GraphRunner
     return KernelRunner if weight.is_cpu and weight.dtype == torch.float32 else PlainRunner
 
 

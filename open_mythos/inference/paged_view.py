@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.inference.exit_cache import ExitCache
-from open_mythos.inference.pages import PagePool
+from open_mythos.inference.pages import PagePool, on_device
 from open_mythos.model import KVCache, LoopPolicy, OpenMythos
 from open_mythos.model.attention import SequenceContext, distance_penalty
 from open_mythos.model.cache import Entry
@@ -51,15 +51,14 @@ class PagedView(KVCache):
         self._pool, self._layers, device = pool, pool.layers, pool.table.device
         self.length = max(starts)
         self.even = min(starts) == self.length
-        self._index = torch.tensor(rows, device=device)
-        first = torch.tensor(starts, device=device).unsqueeze(1)
+        self._index, first = on_device(rows, device), on_device(starts, device).unsqueeze(1)
         self.positions = first + torch.arange(new, device=device)
         self._columns = self.length + new
         self._blocks = -(-self._columns // pool.page_size)
         self._block = self.positions // pool.page_size
         self._padding: Tensor | None = None
         if counts is not None and min(counts) < new:
-            ends = torch.tensor(counts, device=device).unsqueeze(1)
+            ends = on_device(counts, device).unsqueeze(1)
             self._padding = torch.arange(new, device=device) >= ends
             self._block = self._block.masked_fill(self._padding, 0)
         self._offset = self.positions % pool.page_size
@@ -92,7 +91,7 @@ class PagedView(KVCache):
         pairs = [(i, t) for i, (n, end) in enumerate(zip(loops, most, strict=True)) for t in range(n, end)]
         index, layers = zip(*((i, self._layers.of_loop(t)) for i, t in pairs), strict=True)
         device = self._index.device
-        self._leaving = torch.tensor(index, device=device), torch.tensor(layers, device=device)
+        self._leaving = on_device(index, device), on_device(layers, device)
         try:
             yield
         except _Shown:
@@ -131,7 +130,7 @@ class PagedView(KVCache):
     def copy_probes(self, rows: Sequence[int], layers: Sequence[int], into: Sequence[int]) -> None:
         """Let each row's token (row i of B, by layer number) show elsewhere what it showed there."""
         device = self._index.device
-        index, source, target = (torch.tensor(each, device=device) for each in (rows, layers, into))
+        index, source, target = (on_device(each, device) for each in (rows, layers, into))
         table, block = self._pool.table, self._block[index]
         pages, others = (
             table[self._index[index], layer].long().gather(1, block) for layer in (source, target)
@@ -198,6 +197,13 @@ class PromptCache(ExitCache):
             held = self._pool.gather(pages.long().to(self._pool.table.device))
             self.entries[slot] = {name: tensor[:, : self.length] for name, tensor in held.items()}
         return super().slot_length(slot)
+
+    def write(self, slot: str, new: Entry) -> Entry:
+        """As :meth:`ExitCache.write`; tokens of the chunk see each other as they are kept, too."""
+        entries = self._pool.entries
+        if entries is not None:
+            new = entries.decode(entries.encode(new), self._pool.dtype)
+        return super().write(slot, new)
 
     def store(self, new: int) -> None:
         """Write the new tokens to their pages, in the loops that nobody ran too."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,19 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import Entry
 
-__all__ = ["Entries", "Layers", "PagePool", "PoolFull"]
+__all__ = ["Entries", "Layers", "PagePool", "PoolFull", "moved", "on_device"]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without waiting for what the device still does."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers on the device, likewise."""
+    return moved(torch.tensor(values, device="cpu"), device)
 
 
 class Entries(Protocol):
@@ -201,7 +213,7 @@ class PagePool:
         pages = self._held.pop(row, [])
         if not pages:
             return
-        self.clear(torch.tensor(pages, device=self.table.device))
+        self.clear(on_device(pages, self.table.device))
         self._free.extend(reversed(pages))
         self.host[row] = 0
         self._show(row)
@@ -218,7 +230,8 @@ class PagePool:
 
     def _show(self, row: int) -> None:
         if self.table is not self.host:
-            self.table[row].copy_(self.host[row], non_blocking=True)
+            # A copy, since the host's may change before the device has read it.
+            self.table[row].copy_(moved(self.host[row].clone(), self.table.device))
 
     def clear(self, pages: Tensor) -> None:
         """Zero these pages."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from open_mythos.inference import exits
 from open_mythos.inference.paged_view import PagedView, PromptCache, context
-from open_mythos.inference.pages import PagePool
+from open_mythos.inference.pages import PagePool, moved, on_device
 from open_mythos.inference.requests import Depth
 from open_mythos.model import LastLoop, OpenMythos
 from open_mythos.model.attention import SequenceContext
@@ -184,7 +184,7 @@ class PlainRunner:
             Logits (n, V) of the last token of each if the prompts end here, and the loops (n, S) that the tokens
             spent if there is a rule; None otherwise.
         """
-        model, ids = self.model, chunk.ids.to(self.state.ids.device)
+        model, ids = self.model, moved(chunk.ids, self.state.ids.device)
         if chunk.depth.rule is not None:
             return self._prefill_ruled(chunk, chunk.depth.rule, ids)
         view = PagedView(self.pool, chunk.rows, chunk.starts, ids.shape[1], chunk.counts)
@@ -239,7 +239,7 @@ class PlainRunner:
             return None
         if counts is None:
             return self.model.head(features[:, -1])
-        ends = torch.tensor(counts, device=h.device) - 1
+        ends = on_device(counts, h.device) - 1
         return self.model.head(features[torch.arange(len(counts), device=h.device), ends])
 
     def prelude(self, batch: Batch) -> None:
@@ -261,11 +261,12 @@ class PlainRunner:
         view, ctx = self._context(batch)
         h, e = _take(state.h, rows), _take(state.e, rows)
         new = self.model.step(h.unsqueeze(1), e.unsqueeze(1), self._loops(batch, view), ctx)[:, 0]
+        # Where something raises, nothing has moved, and the rows can be tried one by one.
+        if self.model.cfg.halting != "off" and not all(batch.ruled):
+            self._halt(batch, rows, new)
         if any(batch.ruled):
             _put(state.before, rows, h)
         _put(state.h, rows, new)
-        if self.model.cfg.halting != "off" and not all(batch.ruled):
-            self._halt(batch, rows, new)
 
     def _halt(self, batch: Batch, rows: Tensor | slice, h: Tensor) -> None:
         """Let the model's own halting choose, one loop further. Rows under a rule go along for nothing."""
@@ -287,7 +288,7 @@ class PlainRunner:
         """Weights (n,) of this loop's states, of which some are their tokens' last."""
         if len(set(last)) == 1:
             return weights.next(p, last[0])
-        ending = torch.tensor(last, device=p.device)
+        ending = on_device(last, p.device)
         begun = weights.mass, weights.running
         end = weights.next(p, True)
         weights.mass, weights.running = begun
@@ -298,7 +299,7 @@ class PlainRunner:
         state, rows = self.state, self._index(batch)
         h = _take(state.h, rows)
         if self.model.cfg.halting != "off" and not all(batch.ruled):
-            ruled = torch.tensor(batch.ruled, device=h.device).unsqueeze(1)
+            ruled = on_device(batch.ruled, h.device).unsqueeze(1)
             chosen = _take(state.chosen, rows)
             h = torch.where(ruled, h, chosen) if any(batch.ruled) else chosen
         return self.model.coda(h.unsqueeze(1), self._context(batch)[1])[:, 0]
@@ -311,7 +312,7 @@ class PlainRunner:
         view, ctx = self._context(batch)
         h = _take(self.state.h, self._index(batch)).unsqueeze(1)
         done = [n - 1 for n in batch.loops]
-        loop = done[0] if len(set(done)) == 1 else torch.tensor(done, device=h.device)
+        loop = done[0] if len(set(done)) == 1 else on_device(done, h.device)
         with view.probing(loop):
             return self.model.coda(h, ctx)[:, 0]
 
@@ -345,14 +346,14 @@ class PlainRunner:
         """The next loop's index, one for all if it is."""
         if len(set(batch.loops)) == 1:
             return batch.loops[0]
-        return torch.tensor(batch.loops, device=view.positions.device)
+        return on_device(batch.loops, view.positions.device)
 
     def _index(self, batch: Batch) -> Tensor | slice:
         """Rows to take, a slice where they lie side by side."""
         first, last = batch.rows[0], batch.rows[-1]
         if last - first + 1 == len(batch.rows):
             return slice(first, last + 1)
-        return torch.tensor(batch.rows, device=self.state.ids.device)
+        return on_device(batch.rows, self.state.ids.device)
 
     def _context(self, batch: Batch) -> tuple[PagedView, SequenceContext]:
         """The one of the last call, if rows and positions are the same."""

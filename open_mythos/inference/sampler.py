@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from open_mythos.inference.pages import on_device
 from open_mythos.inference.requests import Checked
 from open_mythos.inference.sampling import _kept
 
@@ -45,7 +46,7 @@ def draw(samplers: Sequence[Sampler], logits: Tensor) -> Tensor:
             groups.setdefault(sampler.settings, []).append(row)
     for (temperature, top_k, top_p), rows in groups.items():
         whole = len(rows) == len(samplers)
-        index = torch.tensor(rows, device=logits.device)
+        index = on_device(rows, logits.device)
         chances, kept = _kept(logits if whole else logits[index], temperature, top_k, top_p)
         # What torch.multinomial does for one draw, with another generator in each row.
         noise = torch.empty_like(chances)

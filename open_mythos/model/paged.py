@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -215,7 +216,7 @@ class PagedDecoder:
             step.rope, step.rope_half = self._rope.data_ptr(), self._rope.stride(0)
         if self._size[0] < step.N or self._size[1] < context:
             self._grow(step.N, context)
-        numbers, before, flags = _numbers(rows), _numbers(past), (ctypes.c_ubyte * len(rows))(*ruled)
+        numbers, before, flags = _numbers(rows), _numbers(past), _array(ctypes.c_ubyte, len(rows))(*ruled)
         step.rows, step.past, step.ruled = (ctypes.addressof(each) for each in (numbers, before, flags))
         return step, [numbers, before, flags]
 
@@ -242,5 +243,10 @@ class PagedDecoder:
         step.room = self._room.data_ptr()
 
 
+@cache
+def _array(kind: type, length: int) -> Any:
+    return kind * length
+
+
 def _numbers(values: Sequence[int]) -> Any:
-    return (ctypes.c_int64 * len(values))(*values)
+    return _array(ctypes.c_int64, len(values))(*values)
