@@ -13,8 +13,11 @@ from open_mythos import LastLoop, MythosConfig, OpenMythos
 from open_mythos.inference import exits
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.generate import generate
-from open_mythos.inference.runner import Batch, PlainRunner
+from open_mythos.inference.graph_runner import GraphRunner
+from open_mythos.inference.pages import PagePool
+from open_mythos.inference.runner import Batch, PlainRunner, RowState
 from open_mythos.inference.speculative import Draft
+from open_mythos.rows.plain import PlainRows
 
 LOOPS = 4
 SIZES: dict[str, Any] = {
@@ -108,6 +111,35 @@ def test_runners_that_compute_whole_drafts_and_checks_at_once() -> None:
                 done = engine.stats.done
                 assert Whole.calls == done.codas >= done.drafted + done.checks
                 assert done.drafted > done.kept
+
+
+@pytest.mark.parametrize("attn_type", ["mla", "gqa"])
+def test_the_graphs_work_in_their_plain_version(attn_type: str) -> None:
+    model = small(attn_type=attn_type)
+
+    def make(model: OpenMythos, pool: PagePool, state: RowState) -> GraphRunner:
+        return GraphRunner(model, pool, state, rows=PlainRows())
+
+    with Engine(model, max_rows=12, runner=make) as engine:
+        for prompts in (PROMPTS[:1], PROMPTS):
+            results = engine.generate(prompts, 12, temperature=0, speculate=Draft(2, 3))
+            assert [r.tokens for r in results] == [alone(model, prompt, 12) for prompt in prompts]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attn_type", ["mla", "gqa"])
+def test_on_a_gpu_graphs_give_the_same_tokens_with_drafts(attn_type: str) -> None:
+    model = small(attn_type=attn_type).float().cuda()
+    with Engine(model, max_rows=12) as engine:
+        assert isinstance(engine.runner, GraphRunner)
+        assert engine.runner.reason is None
+        plain = engine.generate(PROMPTS, 12, temperature=0)
+        quick = engine.generate(PROMPTS, 12, temperature=0, speculate=Draft(2, 3))
+        drawn = engine.generate(PROMPTS, 12, temperature=1.0, seed=1, speculate=Draft(2, 3))
+        assert 0 < engine.stats.done.kept < engine.stats.done.drafted
+        assert engine.stats.free_pages == engine.stats.pages
+    assert [r.tokens for r in quick] == [r.tokens for r in plain]
+    assert all(len(r.tokens) == 12 for r in drawn)
 
 
 def test_the_cpus_kernels_compute_drafts_and_checks() -> None:
