@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import LastLoop, MythosConfig, OpenMythos
-from open_mythos.inference import exits
+from open_mythos.inference import exits, running, scheduler
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.generate import generate
 from open_mythos.inference.graph_runner import GraphRunner
@@ -148,6 +148,34 @@ def test_the_cpus_kernels_compute_drafts_and_checks() -> None:
         results = engine.generate(PROMPTS, 12, temperature=0, speculate=Draft(2, 3))
         assert engine.stats.done.kept > 0
     assert [r.tokens for r in results] == [alone(model, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_in_deterministic_mode_a_check_gives_the_bits_of_plain_decoding(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model, seen = small().to(dtype), []
+    draw, accept = scheduler.draw, running.accept_likeliest
+
+    def drawing(samplers: Any, logits: Tensor) -> Tensor:
+        seen.extend(logits)
+        return draw(samplers, logits)
+
+    def accepting(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        kept, after = accept(drafted, logits)
+        del seen[-drafted.shape[1] :]  # what the draft was drawn from
+        seen.extend(logits[0, : int(kept) + 1])
+        return kept, after
+
+    monkeypatch.setattr(scheduler, "draw", drawing)
+    monkeypatch.setattr(running, "accept_likeliest", accepting)
+    found = []
+    for draft in (None, Draft(2, 3)):
+        with Engine(model, max_rows=4, deterministic=True) as engine:
+            engine.generate(PROMPTS[1:2], 20, temperature=0, speculate=draft)
+        found.append(torch.stack(seen[:20]))
+        seen.clear()
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("rule", RULES)
