@@ -1,12 +1,13 @@
 """Requests of all depths in one batch, against batches in which every token runs the largest depth.
 
-Requests arrive one by one (Poisson), each with its own number of loops, uniform from --least to --most. Three ways to
-serve the same requests, in one run on the same machine:
+Requests arrive one by one (Poisson), each with its own number of loops, uniform from --least to --most, and its own
+number of new tokens. Four ways to serve the same requests, in one run on the same machine:
 
     own depth   the engine; tokens at different loops share a batch
-    most depth  the same engine, every token runs --most loops; a batch that is refilled at once
-    batches     model.generate on as many requests as wait (at most --rows), at --most loops; the next batch begins
+    most depth  the same engine, every token runs --most loops; a row that is free is filled at once
+    batches     the same engine at --most loops on as many requests as wait (at most --rows); the next batch begins
                 when the last request of this one has finished
+    generate    such batches through model.generate
 
 Tokens per second count from the first arrival to the last token. --check requests are then run alone by
 model.generate, and their tokens compared. --out writes JSON after each part.
@@ -136,8 +137,10 @@ def synchronize(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def serve(engine: Engine, work: list[Request], arrivals: list[float], limit: float) -> dict[str, Any]:
-    """Submit each request when its time has come; at the limit, what is not done is cancelled."""
+def serve(
+    engine: Engine, work: list[Request], arrivals: list[float], limit: float, batch: int = 0
+) -> dict[str, Any]:
+    """Submit each request when its time has come, or so many at once when nobody runs; cancel the rest at the limit."""
     begun = time.perf_counter()
     handles: list[Handle] = []
     delays: dict[int, float] = {}
@@ -146,17 +149,20 @@ def serve(engine: Engine, work: list[Request], arrivals: list[float], limit: flo
     def now() -> float:
         return time.perf_counter() - begun
 
+    def due() -> int:
+        return sum(arrival <= now() for arrival in arrivals[len(handles) : len(handles) + (batch or 1)])
+
     def pause() -> bool:
         for i in [i for i in waits if handles[i].done]:
             delays[i] = now() - arrivals[i]
             waits.remove(i)
-        due = len(handles) < len(work) and arrivals[len(handles)] <= now()
-        return due or len(delays) == len(work) or now() > limit
+        return (due() > 0 and (not batch or not waits)) or len(delays) == len(work) or now() > limit
 
     while len(delays) < len(work) and now() < limit:
-        while len(handles) < len(work) and arrivals[len(handles)] <= now():
-            waits.add(len(handles))
-            handles.append(engine.submit(work[len(handles)]))
+        while (count := due()) and (not batch or not waits):
+            for _ in range(count):
+                waits.add(len(handles))
+                handles.append(engine.submit(work[len(handles)]))
         engine.drive(pause)
         pause()
         if engine.stats.running + engine.stats.waiting == 0 and len(handles) < len(work):
@@ -172,7 +178,7 @@ def serve(engine: Engine, work: list[Request], arrivals: list[float], limit: flo
     }
 
 
-def serve_batches(
+def serve_generate(
     model: OpenMythos, work: list[Request], arrivals: list[float], rows: int, limit: float
 ) -> dict[str, Any]:
     """As many as wait at once, and the next ones when all of them are done."""
@@ -283,7 +289,8 @@ def main() -> None:
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "own depth": lambda: serve(make_engine(model, args), work, arrivals, args.seconds),
         "most depth": lambda: serve(make_engine(model, args), deep, arrivals, args.seconds),
-        "batches": lambda: serve_batches(model, deep, arrivals, args.rows, args.seconds),
+        "batches": lambda: serve(make_engine(model, args), deep, arrivals, args.seconds, args.rows),
+        "generate": lambda: serve_generate(model, deep, arrivals, args.rows, args.seconds),
     }
     print(f"{'':12} {'tokens/s':>9} {'finished':>9} {'median s':>9} {'rows/loop':>9}")
     for name, way in ways.items():
@@ -300,12 +307,10 @@ def main() -> None:
             flush=True,
         )
     own = record["own depth"]["tokens_per_second"]
-    record["ratio"] = own / record["most depth"]["tokens_per_second"]
-    record["ratio_to_batches"] = own / record["batches"]["tokens_per_second"]
+    record["ratios"] = {name: own / record[name]["tokens_per_second"] for name in list(ways)[1:]}
     save()
-    print(
-        f"own depth against most depth {record['ratio']:.2f}, against batches {record['ratio_to_batches']:.2f}"
-    )
+    for name, ratio in record["ratios"].items():
+        print(f"own depth against {name}: {ratio:.2f}")
     print(f"as alone: {record['alone']}")
 
 

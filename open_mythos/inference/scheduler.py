@@ -427,7 +427,8 @@ class Scheduler:
         event = None
         if tokens.is_cuda:
             # Pinned, or the copy would wait for all that the device has to do.
-            tokens = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
+            host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
+            tokens = host.copy_(tokens, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._late.append(Late(runs, tokens, event))
