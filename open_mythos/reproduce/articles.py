@@ -13,13 +13,11 @@ import json
 import multiprocessing
 import os
 import random
-import runpy
 import statistics
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -360,33 +358,18 @@ def _job(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     record = {key: job[key] for key in ("script", "arm", "seed", "settings")}
     try:
-        with _patched(job["patch"], job["settings"]["patch"]):
-            result = SCRIPTS[job["script"]](
-                job["seed"], model_overrides=job["settings"]["model"], **job["settings"]["script"]
-            )
+        result = SCRIPTS[job["script"]](
+            job["seed"], model_overrides=job["settings"]["model"], **job["settings"]["script"]
+        )
     except Exception as problem:
         # One setting that fails must not take the others with it; the table shows it.
         return {**record, "error": f"{type(problem).__name__}: {problem}"}
     return {**record, **result, "wall": round(time.perf_counter() - began, 1)}
 
 
-@contextmanager
-def _patched(path: str | None, settings: dict[str, Any]) -> Iterator[None]:
-    """A file that may replace parts of the model, run before the model is built; gets the ``patch.`` settings."""
-    if path is None:
-        if settings:
-            raise ConfigError(f"patch.{next(iter(settings))} is not allowed: no --patch file was given")
-        yield
-        return
-    names = runpy.run_path(path, init_globals={"SETTINGS": settings})
-    if "configure" in names:
-        names["configure"](**settings)
-    yield
-
-
 def _settings(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """``key=value`` texts, sorted by their part: "model" (the default), "script" or "patch"."""
-    found: dict[str, dict[str, Any]] = {"model": {}, "script": {}, "patch": {}}
+    """``key=value`` texts, sorted by their part: "model" (the default) or "script"."""
+    found: dict[str, dict[str, Any]] = {"model": {}, "script": {}}
     for text in texts:
         name, equals, value = text.partition("=")
         part, dot, key = name.strip().partition(".")
@@ -394,8 +377,7 @@ def _settings(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
             part, key = "model", part
         if not equals or not key or part not in found:
             raise ConfigError(
-                f"setting {text!r} is not allowed: it must be key=value, model.key=value, script.key=value or "
-                "patch.key=value"
+                f"setting {text!r} is not allowed: it must be key=value, model.key=value or script.key=value"
             )
         found[part][key] = _value(value.strip())
     return found
@@ -460,7 +442,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--arm", action="append", default=[], metavar='"NAME: KEY=VALUE ..."')
-    parser.add_argument("--patch", metavar="FILE.py", help="run before each model is built")
     parser.add_argument("--out", type=Path, help="a JSON line for each finished run, as it finishes")
     return parser
 
@@ -476,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scripts = list(SCRIPTS) if options.script == "both" else [options.script]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     jobs = [
-        {"script": script, "arm": arm, "seed": seed, "settings": settings, "patch": options.patch}
+        {"script": script, "arm": arm, "seed": seed, "settings": settings}
         for seed in seeds
         for script in scripts
         for arm, settings in arms.items()

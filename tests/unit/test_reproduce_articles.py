@@ -13,7 +13,6 @@ import torch
 
 from open_mythos.config import ConfigError, MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.model.transformer import RecurrentBlock
 from open_mythos.reproduce import articles
 from open_mythos.reproduce.articles import CHAIN_LOOPS, PARITY_LOOPS, chain_script, parity_script
 from open_mythos.reproduce.base import named
@@ -108,32 +107,22 @@ def test_bad_arguments_are_refused(call: Any, message: str) -> None:
 
 
 def test_arms_hold_common_settings_and_their_own() -> None:
-    found = articles._arms(["ours:", "slow: script.lr=1e-4 halting=off patch.a=true"], ["state_norm=true"])
-    assert found["ours"] == {"model": {"state_norm": True}, "script": {}, "patch": {}}
+    found = articles._arms(["ours:", "slow: script.lr=1e-4 halting=off"], ["state_norm=true"])
+    assert found["ours"] == {"model": {"state_norm": True}, "script": {}}
     assert found["slow"] == {
         "model": {"state_norm": True, "halting": "off"},
         "script": {"lr": 1e-4},
-        "patch": {"a": True},
     }
     assert list(articles._arms([], ["dim=16"])) == ["dim=16"]
 
 
-def test_a_patch_changes_the_model_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patch = tmp_path / "patch.py"
-    patch.write_text(
-        "from open_mythos.model.transformer import RecurrentBlock\n"
-        "def configure(scale):\n"
-        "    RecurrentBlock._advance = lambda self, h, e, *rest: e * scale\n"
-    )
-    monkeypatch.setattr(RecurrentBlock, "_advance", RecurrentBlock._advance)  # put back afterwards
-    settings = {"model": TINY, "script": {"steps": 1, "bits": 4, "rows": 4}, "patch": {"scale": 0.5}}
-    job = {"script": "parity", "arm": "a", "seed": 1, "settings": settings, "patch": str(patch)}
-    plain = articles._job({**job, "settings": {**settings, "patch": {}}, "patch": None})
-    patched = articles._job(job)
-    assert "error" not in plain
-    assert patched["loss"] != plain["loss"]
-    refused = articles._job({**job, "patch": None})
-    assert refused["error"] == "ConfigError: patch.scale is not allowed: no --patch file was given"
+def test_a_run_that_fails_is_a_record_with_its_error() -> None:
+    settings = {"model": TINY, "script": {"steps": 1, "bits": 4, "rows": 4}}
+    job = {"script": "parity", "arm": "a", "seed": 1, "settings": settings}
+    assert "error" not in articles._job(job)
+    failed = articles._job({**job, "settings": {**settings, "model": {**TINY, "dim": 0}}})
+    assert failed["error"].startswith("ConfigError: dim = 0 is not allowed")
+    assert failed["settings"]["script"] == settings["script"]
 
 
 def test_the_table_has_medians_and_what_failed() -> None:
