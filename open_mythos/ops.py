@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _has_any_global_hook
 
-from open_mythos import fused
+from open_mythos import fused, kernels_gpu
 
 __all__ = [
     "attention",
@@ -100,8 +100,10 @@ def gate_reference(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def gate(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """:func:`gate_reference`, in one kernel where :mod:`open_mythos.fused` serves."""
+    """:func:`gate_reference`, in one kernel where :mod:`open_mythos.fused` or a GPU's serves."""
     tensors = (x,) if weights is None else (x, weights)
+    if kernels_gpu.gate_serves(*tensors):
+        return kernels_gpu.gate(x, weights)
     return (fused.gate if fused.fit(*tensors) else gate_reference)(x, weights)
 
 

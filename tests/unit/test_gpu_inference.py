@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from open_mythos import MythosConfig, OpenMythos
+from open_mythos import MythosConfig, OpenMythos, kernels_gpu, ops
 from open_mythos.inference.graph_runner import GraphRunner, unserved
 from open_mythos.inference.pages import Layers, PagePool
 from open_mythos.inference.requests import Depth
@@ -232,6 +232,17 @@ def test_rows_beside_it_change_no_bit_of_a_row(attn_type: str) -> None:
         alone.prelude(batch_of(0, [0] * 3, [i]))
         alone.loop(batch_of(0, [0] * 3, [i]))
     assert torch.equal(together.state.h, alone.state.h)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 5, 48), (7, 3000)])
+def test_the_gate_of_a_prompt_is_its_reference(shape: tuple[int, ...]) -> None:
+    x, weights = torch.randn(shape, device="cuda"), torch.rand(shape[:-1], device="cuda")
+    assert kernels_gpu.gate_serves(x, weights)
+    for w in (None, weights):
+        assert apart([ops.gate(x, w)], [ops.gate_reference(x.double(), w)]) < 1e-6
+        low = None if w is None else w.bfloat16()
+        assert apart([ops.gate(x.bfloat16(), low)], [ops.gate_reference(x, w)]) < 0.01
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ TABLE = {
     "config": Row(),
     "accounting": Row("config"),
     "variants": Row("config accounting"),
-    "ops": Row("fused", "torch"),
+    "ops": Row("fused kernels_gpu", "torch"),
     "expert_ops": Row("fused kernels_gpu ops", "torch"),
     "fused": Row("kernels", "torch"),
     "kernels": Row(packages="torch"),
