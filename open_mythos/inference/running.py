@@ -121,6 +121,7 @@ class Running:
         depth: of its tokens.
         row: the first, whose pages they are.
         fed: tokens of the prompt that are cached.
+        served: chunks of any prompts before its last one.
         drawn: new tokens drawn, of which some may not have been read yet.
         lanes: in the order of their positions.
         drafts: tokens that are drafted in this round.
@@ -129,7 +130,7 @@ class Running:
     """
 
     def __init__(self, handle: Handle, rows: Sequence[int], sampler: Sampler) -> None:
-        self.handle, self.sampler, self.fed, self.drawn = handle, sampler, 0, 0
+        self.handle, self.sampler, self.fed, self.served, self.drawn = handle, sampler, 0, 0, 0
         self.depth, self.row = handle.checked.depth, rows[0]
         self.lanes = [Lane(self, row) for row in rows]
         self.drafts, self.checking = 0, True

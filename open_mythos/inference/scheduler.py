@@ -87,6 +87,7 @@ class Scheduler:
         self._cancelled = False
         self._late: deque[Late] = deque()
         self._owed = 0  # ticks, before the next chunk
+        self._chunks = 0
         self._since_coda = 0
 
     # Coming and going.
@@ -206,7 +207,6 @@ class Scheduler:
         self.sweep()
         self._read(self._lag)
         self._admit()
-        # Those who decode run as many loops between two chunks as a chunk took, so half of the time is theirs.
         reading = [run for run in self._running if not run.drawn]
         if reading and (self._owed <= 0 or len(reading) == len(self._running)):
             self._prompts(reading)
@@ -225,13 +225,15 @@ class Scheduler:
             self.pool.share(rows[0], rows[1:])
             handle = self._waiting.popleft()
             run = Running(handle, rows, Sampler(checked, handle.number, self.runner.state.ids.device))
+            run.served = self._chunks
             insort(self._running, run, key=lambda run: run.row)
 
     # Prompts.
 
     def _prompts(self, reading: list[Running]) -> None:
-        """A chunk of the prompt that came first, and of others beside it."""
-        reading.sort(key=lambda run: run.handle.number)
+        """A chunk of the prompt that has waited longest for one, and of others beside it."""
+        reading.sort(key=lambda run: (run.served, run.handle.number))
+        self._chunks += 1
         together = sorted(self._beside(reading), key=lambda run: (-run.depth.most, run.row))
 
         def prefill(lanes: list[Lane]) -> tuple[Tensor | None, Tensor | None]:
@@ -244,7 +246,7 @@ class Scheduler:
             for i, lane in enumerate(lanes):
                 start, stop = piece_of(lane.run, self._chunk)
                 self.stats.prompt_tokens += stop - start
-                lane.run.fed = stop
+                lane.run.fed, lane.run.served = stop, self._chunks
                 if stop == lane.run.checked.prompt.numel():
                     ends.append(i)
             if loops is not None:
@@ -252,9 +254,10 @@ class Scheduler:
             if logits is not None:
                 some = logits if len(ends) == len(lanes) else logits[on_device(ends, logits.device)]
                 self._drawn([lanes[i] for i in ends], some)
-        # A chunk takes as long as so many ticks. The more rows decode, the more of the time is theirs: up to half.
-        decoding = sum(run.drawn > 0 for run in self._running)
-        self._owed = together[0].depth.most * decoding // self._count
+        # A chunk takes about as long as so many ticks. Of the time, those who decode get a fifth to a half: the
+        # more they are, the more.
+        decoding, ticks = sum(run.drawn > 0 for run in self._running), together[0].depth.most
+        self._owed = max(ticks // 4, ticks * decoding // self._count, 1)
 
     def _beside(self, reading: list[Running]) -> list[Running]:
         """Who joins the first: as many as a chunk holds, without padding where that does not pay."""
