@@ -216,6 +216,21 @@ def test_who_waits_for_pages_is_served_in_order_and_not_for_ever() -> None:
     assert empty(engine)
 
 
+def test_a_long_prompt_holds_up_neither_short_ones_nor_those_who_decode() -> None:
+    engine, order = engine_of(build(), max_rows=3, prefill_chunk=2), []
+    busy = engine.submit(Request([1], 30, 4, temperature=0))
+    next(iter(busy))
+    before = len(busy.tokens)
+    long = engine.submit(Request([1] * 36, 2, 4, on_token=lambda _: order.append("long")))
+    short = engine.submit(Request([2], 2, 4, on_token=lambda _: order.append("short")))
+    next(iter(long))
+    assert short.done
+    assert order == ["short", "short", "long"]
+    assert 18 // 4 <= len(busy.tokens) - before <= 18
+    for handle in (busy, long, short):
+        handle.result()
+
+
 def test_the_queue_is_bounded_and_generate_waits_for_room() -> None:
     engine = engine_of(build(), max_rows=1, queue=2)
     handles = [engine.submit(Request(PROMPT, 3)) for _ in range(2)]
