@@ -205,7 +205,9 @@ def test_who_waits_for_pages_is_served_in_order_and_not_for_ever() -> None:
     model = build()
     layers = Layers(1, 4, 1)
     wide = 6 * len(layers.needed(4))  # pages of four tokens that a request of 21 takes
-    engine = engine_of(model, max_rows=4, max_loops=4, cache_bytes=wide * 4 * 2 * 8 * 8 + 4096)
+    engine = engine_of(
+        model, max_rows=4, max_loops=4, prefill_chunk=16, cache_bytes=wide * 4 * 2 * 8 * 8 + 4096
+    )
     order: list[str] = []
     many = [Request([i], 3, 1, temperature=0, on_token=lambda _: order.append("small")) for i in range(9)]
     large = Request([1] * 10, 12, 4, temperature=0, on_token=lambda _: order.append("large"))
