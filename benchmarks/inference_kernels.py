@@ -14,21 +14,19 @@ import torch
 from inference_gpu import Bench, Noted, Rows, costliest, device_ms
 from torch import Tensor
 
-from open_mythos.rows.launch import TritonRows
 from open_mythos.rows.plain import Entries
 
 
 def variants(bench: Bench) -> None:
-    """Shared experts beside the routed ones or before; kernels launched while the one before still runs."""
+    """Shared experts beside the routed ones, or before."""
     for attn_type in bench.attentions:
         model = bench.model(attn_type)
         for count in (1, 16):
             seen: list[Tensor] = []
-            for fork, pdl in ((True, False), (False, False), (False, True)):
-                name = f"variant_{attn_type}_{count}_fork_{int(fork)}_pdl_{int(pdl)}"
+            for fork in (True, False):
+                name = f"variant_{attn_type}_{count}_fork_{int(fork)}"
                 with Noted(bench, name):
-                    options = {} if bench.toy else {"rows": TritonRows(pdl=pdl)}
-                    some = Rows(bench, model, count, room=4 * bench.new, **options)
+                    some = Rows(bench, model, count, room=4 * bench.new)
                     some.runner.fork = fork
                     some.prefill(bench.ids(count, bench.prompt))
                     some.feed(bench.ids(count))

@@ -11,7 +11,7 @@ Shape letters: N rows, H heads, G key/value heads, Q query rank, R latent rank, 
 import triton
 import triton.language as tl
 
-from open_mythos.rows.kernels import _begin, _product
+from open_mythos.rows.kernels import _product
 
 __all__ = ["attend", "combine", "heads", "queries"]
 
@@ -32,12 +32,10 @@ def queries(
     N, H, Q, R, NOPE, V, HALF, layer, row_stride, layer_stride, page_size, EPS,
     LOOPED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_R: tl.constexpr, WIDE_R: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs: for each head PARTS column blocks of its query in latent space and one of its rope channels; the
     last program writes the new tokens' latents.
     """
-    _begin(PDL)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = m < N
     row = tl.load(rows + m, live, -1)
@@ -94,10 +92,8 @@ def heads(
     qkv, q_gain, k_gain, rope, rows, loop, pos, table, keys, values, q,
     H, G, HALF, layer, row_stride, layer_stride, page_size, EPS,
     LOOPED: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotation of one row's head; keys and values into their pages."""
-    _begin(PDL)
     m, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + m)
     if row < 0:
@@ -142,10 +138,8 @@ def attend(
     H, G, R, P, layer, row_stride, layer_stride, page_size, scale,
     LOOPED: tl.constexpr, LATENT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """A split of one row's context for up to 16 heads that read the same keys: sums, with their largest score."""
-    _begin(PDL)
     m, split = tl.program_id(0), tl.program_id(2)
     row = tl.load(rows + m)
     length = tl.load(pos + m) + 1
@@ -198,10 +192,8 @@ def attend(
 def combine(
     partial, stats, rows, pos, up, out, H, R, V, before, per_head,
     LATENT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Splits of one row and head joined; of a latent, its values: ``up`` holds V rows of R a head, from ``before``."""
-    _begin(PDL)
     m, head = tl.program_id(0), tl.program_id(1)
     if tl.load(rows + m) < 0:
         return

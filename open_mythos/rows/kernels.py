@@ -17,14 +17,6 @@ __all__ = ["advance", "embed", "enter", "experts", "lift", "linear", "route"]
 
 
 @triton.jit
-def _begin(PDL: tl.constexpr):
-    """Wait for the kernel before, beside whose end this one was launched already; and let the next be launched."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def _product(
     a, at, live, gain, w, step, cols, inside, up, K, EPS,
     NORM: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -75,10 +67,8 @@ def linear(
     NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
     MAP_A: tl.constexpr, MAP_ADD: tl.constexpr, MAP_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, up to three weights side by side, gate, residual."""
-    _begin(PDL)
     tile, t0, t1 = tl.program_id(0), tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
     w, n, before = w0, n0, 0
     if tile >= t0 + t1:
@@ -115,10 +105,8 @@ def linear(
 def route(
     a, gain, w, bias, rows, chosen, weights, N, K, E, k, EPS,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KEPT: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Router, the k best of the biased logits, softmax of their plain ones."""
-    _begin(PDL)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = m < N
     expert = tl.arange(0, BLOCK_N)
@@ -153,10 +141,8 @@ def experts(
     a, gain, w, chosen, weights, out, count, K, width, up, per_expert, step, divide, EPS,
     NORM: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BY_SLOT: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of each expert through its matrix."""
-    _begin(PDL)
     group = tl.program_id(1)
     slot = tl.arange(0, SLOTS)
     asked = tl.load(chosen + slot, slot < count, -1)
@@ -199,10 +185,8 @@ def embed(
     scale,
     BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Embedding and rotation of the new tokens."""
-    _begin(PDL)
     m = tl.program_id(0)
     row = tl.load(rows + m)
     if row < 0:
@@ -217,9 +201,8 @@ def embed(
 
 
 @triton.jit
-def lift(source, rows, z, D, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def lift(source, rows, z, D, BLOCK: tl.constexpr):
     """Copy rows."""
-    _begin(PDL)
     row = tl.load(rows + tl.program_id(0))
     if row < 0:
         return
@@ -248,10 +231,8 @@ def _seen(h, e, t, sines, d, D, loop_dim, LOOP_DIM: tl.constexpr):
 def enter(
     z, rows, gain, loop_gain, sines, e, h, x, chosen, mass, running, loop, D, loop_dim, EPS,
     FRESH: tl.constexpr, NORM: tl.constexpr, AT_INPUT: tl.constexpr, LOOP_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """What the block reads first, or, as it is, next."""
-    _begin(PDL)
     m = tl.program_id(0)
     row = tl.load(rows + m)
     if row < 0:
@@ -287,10 +268,8 @@ def advance(
     D, k, rank, lora_rows, loop_dim, still, LOW, HIGH, EPS,
     SHARED: tl.constexpr, KEEP: tl.constexpr, LORA: tl.constexpr, UPDATE: tl.constexpr, STATE: tl.constexpr,
     SELECT: tl.constexpr, LOOP_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """All of a loop after the experts' products, and the norm with which the next begins."""
-    _begin(PDL)
     m = tl.program_id(0)
     row = tl.load(rows + m)
     if row < 0:

@@ -28,16 +28,16 @@ def _up(n: int, least: int = 16) -> int:
 def _tuning() -> dict[str, dict[str, int]]:
     """Block sizes and launch options of each kernel: none may depend on the batch, so that no result does."""
     return {
-        "linear": {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+        "linear": {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3},
         "gated": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-        "head": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
-        "experts_in": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+        "head": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+        "experts_in": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
         "experts_out": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         "queries": {"BLOCK_R": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-        "route": {"BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
-        "attend": {"SPLITS": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
+        "route": {"BLOCK_K": 256, "num_warps": 4, "num_stages": 3},
+        "attend": {"SPLITS": 128, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
         "combine": {"BLOCK_V": 32, "num_warps": 4},
-        "rows": {"num_warps": 8},
+        "rows": {"num_warps": 4},
     }
 
 
@@ -46,14 +46,14 @@ class TritonRows:
     """What :class:`~open_mythos.rows.plain.PlainRows` computes, launched on the current stream. Needs Triton.
 
     Args:
+        most: entries of the largest batch that is known of.
         tuning: block sizes and launch options by kernel.
         block_m: rows of a tile.
-        pdl: let each kernel be launched while the one before it still runs (compute capability 9.0 and newer).
     """
 
+    most: int = 1
     tuning: dict[str, dict[str, int]] = field(default_factory=_tuning)
     block_m: int = 16
-    pdl: bool = False
 
     def __post_init__(self) -> None:
         from open_mythos.rows import attention, kernels
@@ -61,7 +61,6 @@ class TritonRows:
         self._k: Any = kernels
         self._a: Any = attention
         self._rooms: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._launch: dict[str, Any] = {"PDL": True, "launch_pdl": True} if self.pdl else {"PDL": False}
 
     def embed(
         self, entries: Entries, ids: Tensor, weight: Tensor, scale: float, inverse: Tensor, rope: Tensor, z: Tensor
@@ -70,7 +69,7 @@ class TritonRows:
         width, half = z.shape[1], rope.shape[1] // 2
         self._k.embed[(len(entries.rows),)](
             ids, entries.pos, entries.rows, weight, inverse, rope, z, width, half, scale,
-            BLOCK=_up(width), BLOCK_HALF=_up(half), **self.tuning["rows"], **self._launch,
+            BLOCK=_up(width), BLOCK_HALF=_up(half), **self.tuning["rows"],
         )  # fmt: skip
 
     def linear(
@@ -89,7 +88,7 @@ class TritonRows:
             a, a if gain is None else gain, *ws, a if add is None else add, out, entries.rows,
             count, inner, *ns, widths[0] * inner, eps, NORM=gain is not None, GATED=gated, ADD=add is not None,
             EVEN=even, MAP_A="a" in maps, MAP_ADD="+" in maps, MAP_OUT="o" in maps, BLOCK_M=self.block_m,
-            **options, **self._launch,
+            **options,
         )  # fmt: skip
 
     def queries(
@@ -108,7 +107,7 @@ class TritonRows:
             count, heads, inner, rank, nope, value, half, pages.layer, *table.stride()[:2], pages.keys.shape[1], eps,
             LOOPED=pages.looped, EVEN=inner % options["BLOCK_K"] == 0 and nope == _up(nope), PARTS=parts,
             BLOCK_M=self.block_m, BLOCK_NOPE=_up(nope), BLOCK_HALF=_up(half), WIDE_R=_up(rank),
-            **options, **self._launch,
+            **options,
         )  # fmt: skip
 
     def heads(
@@ -121,7 +120,7 @@ class TritonRows:
             qkv, qkv if q_gain is None else q_gain, qkv if k_gain is None else k_gain, rope, entries.rows, entries.loop,
             entries.pos, pages.table, pages.keys, pages.values, q, heads, groups, width // 2, pages.layer,
             *pages.table.stride()[:2], pages.keys.shape[1], eps, LOOPED=pages.looped, NORM=q_gain is not None,
-            BLOCK=_up(width // 2), num_warps=1, **self._launch,
+            BLOCK=_up(width // 2), num_warps=1,
         )  # fmt: skip
 
     def attend(
@@ -141,22 +140,23 @@ class TritonRows:
             pages.keys if pages.values is None else pages.values, partial, stats, heads, groups, rank, width - rank,
             pages.layer, *pages.table.stride()[:2], pages.keys.shape[1], scale * _LOG2_E,
             LOOPED=pages.looped, LATENT=latent, BLOCK_H=16, BLOCK_R=_up(rank), BLOCK_P=_up(width - rank),
-            **options, **self._launch,
+            **options,
         )  # fmt: skip
         per_head = 0 if kv_up is None else len(kv_up) // heads
         self._a.combine[(count, heads)](
             partial, stats, entries.rows, entries.pos, partial if kv_up is None else kv_up, out, heads, rank,
             per_head - nope, nope, per_head, LATENT=latent, SPLITS=splits, BLOCK_C=block, BLOCK_R=_up(rank),
-            **self.tuning["combine"], **self._launch,
+            **self.tuning["combine"],
         )  # fmt: skip
 
-    def _room(self, like: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+    def _room(self, like: Tensor, count: int, *sizes: int) -> tuple[Tensor, Tensor]:
         """Sums and statistics of attention's splits, kept so that captured graphs may go on writing there."""
-        key = (like.device, sizes)
+        count = max(count, self.most)
+        key = (like.device, count, sizes)
         if key not in self._rooms:
             self._rooms[key] = (
-                like.new_empty(sizes, dtype=torch.float32),
-                like.new_empty((*sizes[:3], 2), dtype=torch.float32),
+                like.new_empty((count, *sizes), dtype=torch.float32),
+                like.new_empty((count, *sizes[:2], 2), dtype=torch.float32),
             )
         return self._rooms[key]
 
@@ -170,7 +170,7 @@ class TritonRows:
         self._k.route[(-(-count // self.block_m),)](
             x, gain, router, bias, entries.rows, chosen, weights, count, inner, experts, k, eps,
             EVEN=even, BLOCK_M=self.block_m, BLOCK_N=_up(experts), KEPT=_up(k, 2),
-            **options, **self._launch,
+            **options,
         )  # fmt: skip
 
     def experts(
@@ -193,13 +193,13 @@ class TritonRows:
         self._k.experts[(-(-width // options["BLOCK_N"]), slots if by_slot else count)](
             a, gain, w, chosen, weights, out, slots, inner, width, width, inner * step, step, divide, eps,
             NORM=first, GATED=first, EVEN=even, BY_SLOT=by_slot, SLOTS=_up(slots), BLOCK_M=self.block_m,
-            **options, **self._launch,
+            **options,
         )  # fmt: skip
 
     def lift(self, entries: Entries, source: Tensor, z: Tensor) -> None:
         """As :meth:`PlainRows.lift`."""
         width = z.shape[1]
-        options = {**self.tuning["rows"], **self._launch}
+        options = self.tuning["rows"]
         self._k.lift[(len(entries.rows),)](source, entries.rows, z, width, BLOCK=_up(width), **options)
 
     def enter(self, entries: Entries, state: Injection, z: Tensor | None = None) -> None:
@@ -210,7 +210,7 @@ class TritonRows:
             state.x if z is None else z, entries.rows, gain, w["loop_norm"], sines, state.e, state.h, state.x,
             state.chosen, state.mass, state.running, entries.loop, width, state.loop_dim, state.eps,
             FRESH=z is not None, NORM="input_norm" in w, AT_INPUT=state.at_input, LOOP_DIM=state.loop_dim > 0,
-            BLOCK=_up(width), **self.tuning["rows"], **self._launch,
+            BLOCK=_up(width), **self.tuning["rows"],
         )  # fmt: skip
 
     def advance(
@@ -238,5 +238,5 @@ class TritonRows:
             0.0 if state.still is None else state.still, *state.limits, state.eps,
             SHARED=shared is not None, KEEP=state.keep, LORA=rank > 0, UPDATE="update_norm" in w,
             STATE="state_norm" in w, SELECT=state.still is not None, LOOP_DIM=state.loop_dim > 0,
-            BLOCK=_up(width), BLOCK_L=min(8, _up(rank, 1)), **self.tuning["rows"], **self._launch,
+            BLOCK=_up(width), BLOCK_L=min(8, _up(rank, 1)), **self.tuning["rows"],
         )  # fmt: skip
