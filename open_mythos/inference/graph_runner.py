@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -168,13 +169,13 @@ class GraphRunner(PlainRunner):
 
     def _prepare(self) -> None:
         model, state = self.model, self.state
-        self._ops: Any = TritonRows() if self._given is None else self._given
         rows, device = len(state.ids), state.ids.device
         self._z = self._rope.new_zeros(rows, model.cfg.dim)
         self._injection = _injection(model, state)
         self._buckets = [1]
         while self._buckets[-1] < rows:
             self._buckets.append(2 * self._buckets[-1])
+        self._ops: Any = TritonRows(most=self._buckets[-1]) if self._given is None else self._given
         self._whole = _Room(model, self._buckets[-1])
         # Rows of 16 bytes at least: a kernel is compiled once more for addresses that are not aligned.
         self._tables = {
@@ -183,6 +184,7 @@ class GraphRunner(PlainRunner):
         self._shown: dict[int, list[list[int]]] = {}
         self._next: dict[int, int] = {}  # loop for which each row's input has been prepared
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
+        self._rounds: dict[Any, Tensor] = {}
         self._memory: Any = None
         self._side = torch.cuda.Stream() if device.type == "cuda" else None
 
@@ -235,6 +237,61 @@ class GraphRunner(PlainRunner):
         """Read the states of rows whose last loop somebody else has run."""
         if any(self._next.get(row) != t for row, t in zip(batch.rows, batch.loops, strict=True)):
             self._run("enter", batch)
+
+    def round(self, batch: Batch, drafts: int, loops: int) -> Tensor | None:
+        """Draft with the likeliest tokens and check, in one graph; see :meth:`PlainRunner.round`."""
+        size = len(self._whole.logits) if self.reason is None else 0
+        if len(batch.rows) > size or len(set(batch.most)) != 1:
+            return None
+        count, most = len(batch.rows) // (drafts + 1), batch.most[0]
+        # Columns of the check, then those of each draft, all of them aligned as the kernels were compiled.
+        wide, each = -(-len(batch.rows) // 4) * 4, -(-count // 4) * 4
+        key = ("round", drafts, loops, most), count
+        table = self._rounds.get(key)
+        if table is None:
+            columns = wide + (drafts + 1) * each
+            table = self._rounds[key] = torch.full(
+                (4, columns), -1, dtype=torch.int32, device=self._rope.device
+            )
+        wanted = []
+        for values, start in (
+            (batch.rows, None),
+            (batch.positions, None),
+            (batch.loops, loops),
+            (batch.ruled, None),
+        ):
+            check = list(values) if start is None else [start] * len(values)
+            row = check + [-1] * (wide - len(check))
+            for i in range(drafts + 1):
+                row += [*values[i * count : (i + 1) * count], *[-1] * (each - count)]
+            wanted.append([int(value) for value in row])
+        table.copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
+        parts = [table[:, wide + i * each :][:, :count] for i in range(drafts + 1)]
+        work = partial(self._do_round, table[:, : len(batch.rows)], parts, loops, most)
+        if isinstance(self._ops, PlainRows):
+            work()
+        else:
+            if key not in self._graphs:
+                self._capture(key, work, table)
+            self._graphs.move_to_end(key)
+            self._graphs[key].replay()
+        self._next.update(dict.fromkeys(batch.rows, most))
+        return self._whole.logits[: len(batch.rows)]
+
+    def _do_round(self, check: Tensor, parts: Sequence[Tensor], loops: int, most: int) -> None:
+        ids = self.state.ids
+        for i, part in enumerate(parts):
+            entries = Entries(*part.unbind())
+            self._do_prelude(entries)
+            if i + 1 == len(parts):
+                for _ in range(loops):
+                    self._do_loop(entries)
+                break
+            self._do_rest(entries, loops)
+            tokens, rows = self._whole.logits[: part.shape[1]].argmax(-1), parts[i + 1][0].long()
+            into = rows.clamp(min=0)  # fill, which stands for nobody
+            ids[into] = torch.where(rows < 0, ids[into], tokens)
+        self._do_rest(Entries(*check.unbind()), most - loops)
 
     # How.
 

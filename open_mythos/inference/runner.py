@@ -136,6 +136,10 @@ class Runner(Protocol):
         """The loops that are left, equally many for all, and the coda; or None where that is not served."""
         ...
 
+    def round(self, batch: Batch, drafts: int, loops: int) -> Tensor | None:
+        """Whole drafts and their checks; or None where that is not served."""
+        ...
+
     def predict(self, batch: Batch) -> Tensor:
         """Logits (n, V) as an exit rule asks for them."""
         ...
@@ -175,6 +179,20 @@ class PlainRunner:
 
     def rest(self, batch: Batch) -> Tensor | None:
         """Not served."""
+        return None
+
+    def round(self, batch: Batch, drafts: int, loops: int) -> Tensor | None:
+        """Not served: draft with the likeliest tokens, and check, at once.
+
+        Args:
+            batch: first lanes, second lanes, and so on, of requests that begin a draft: ``drafts + 1`` lanes each.
+            drafts: tokens that each drafts.
+            loops: of a draft.
+
+        Returns:
+            Logits of the check, (n, V) in the order of the batch. The drafted tokens are in ``state.ids`` of the lanes
+            that were fed with them.
+        """
         return None
 
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:

@@ -33,6 +33,9 @@ __all__ = [
     "chunk_of",
     "lanes_of",
     "piece_of",
+    "round_done",
+    "round_of",
+    "rounds_alike",
 ]
 
 
@@ -227,6 +230,35 @@ def chunk_of(runs: list[Running], size: int) -> Chunk:
         counts if min(counts) < max(counts) else None,
         most,
     )
+
+
+def rounds_alike(runs: Sequence[Running]) -> bool:
+    """Whether all begin equally long drafts of the likeliest tokens, to be checked at equal depth under no rule."""
+    first = runs[0]
+    return all(
+        run.drafts
+        and run.sampler.generator is None
+        and run.depth.rule is None
+        and run.active[0] is run.lanes[0]
+        and not (run.checking or run.lanes[0].begun)
+        and (run.drafts, run.lanes[0].goal, run.depth) == (first.drafts, first.lanes[0].goal, first.depth)
+        for run in runs
+    )
+
+
+def round_of(runs: Sequence[Running]) -> Batch:
+    """All lanes of drafts that begin: the first ones, the second ones, and so on."""
+    return batch_of([run.lanes[i] for i in range(runs[0].drafts + 1) for run in runs])
+
+
+def round_done(runs: Sequence[Running], logits: Tensor) -> None:
+    """Drafts and checks have run at once, with these logits (n, V) in the order of :func:`round_of`."""
+    for at, run in enumerate(runs):
+        run.checking, run.active = True, run.lanes[: run.drafts + 1]
+        for i, lane in enumerate(run.active):
+            lane.begun = lane.done = lane.rests = True
+            lane.loops = lane.goal = run.depth.most
+            lane.answer = logits[i * len(runs) + at]
 
 
 def checked_drafts(runs: Sequence[Running], ids: Tensor) -> list[tuple[int, list[int]]]:

@@ -35,6 +35,9 @@ from open_mythos.inference.running import (
     chunk_of,
     lanes_of,
     piece_of,
+    round_done,
+    round_of,
+    rounds_alike,
 )
 from open_mythos.inference.sampler import Sampler, draw
 from open_mythos.model import OpenMythos
@@ -281,7 +284,9 @@ class Scheduler:
     # Tokens.
 
     def _tick(self) -> None:
-        lanes = self._at_once([lane for run in self._running if run.drawn for lane in run.active])
+        active = [lane for run in self._running if run.drawn for lane in run.active]
+        active.sort(key=lambda lane: lane.row)  # runners are promised rising rows; lanes of requests may interleave
+        lanes = self._at_once(self._rounds(active))
         if not lanes:
             return
         self._each([lane for lane in lanes if not lane.begun], self._begin)
@@ -308,6 +313,33 @@ class Scheduler:
             ready.sort(key=lambda lane: lane.row)
             for group, logits in self._each(ready, lambda group: self.runner.coda(batch_of(group))):
                 self._decoded(group, logits)
+
+    def _rounds(self, lanes: list[Lane]) -> list[Lane]:
+        """Where all begin drafts alike, a runner may draft and check at once.
+
+        Returns:
+            Who must go step by step.
+        """
+        if self._alone or not lanes or not rounds_alike([lane.run for lane in lanes]):
+            return lanes
+        drafts, loops, most = lanes[0].run.drafts, lanes[0].goal, lanes[0].most
+        left: list[Lane] = []
+
+        def call(group: list[Lane]) -> Tensor | None:
+            return self.runner.round(round_of([lane.run for lane in group]), drafts, loops)
+
+        for group, logits in self._each(lanes, call):
+            if logits is None:
+                left += group
+                continue
+            ticks, runs = drafts * loops + most, [lane.run for lane in group]
+            self.stats.ticks += ticks
+            self.stats.row_loops += len(runs) * (drafts + 1) * most
+            self.stats.codas += drafts + 1
+            self._owed -= ticks
+            round_done(runs, logits)
+            self._checked(runs)
+        return left
 
     def _at_once(self, lanes: list[Lane]) -> list[Lane]:
         """Where all have the same loops before them, and then a coda, a runner may run them at once.

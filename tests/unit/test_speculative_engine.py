@@ -115,15 +115,28 @@ def test_runners_that_compute_whole_drafts_and_checks_at_once() -> None:
 
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
 def test_the_graphs_work_in_their_plain_version(attn_type: str) -> None:
-    model = small(attn_type=attn_type)
+    model, served = small(attn_type=attn_type), []
+
+    class Rounds(GraphRunner):
+        def round(self, batch: Batch, drafts: int, loops: int) -> Tensor | None:
+            logits = super().round(batch, drafts, loops)
+            served.append((len(batch.rows), logits is not None))
+            return logits
 
     def make(model: OpenMythos, pool: PagePool, state: RowState) -> GraphRunner:
-        return GraphRunner(model, pool, state, rows=PlainRows())
+        return Rounds(model, pool, state, rows=PlainRows())
 
-    with Engine(model, max_rows=12, runner=make) as engine:
-        for prompts in (PROMPTS[:1], PROMPTS):
+    for rows, prompts in (
+        (12, PROMPTS[:1]),
+        (12, [PROMPTS[0], PROMPTS[0][::-1]]),
+        (12, PROMPTS),
+        (5, PROMPTS),
+    ):
+        with Engine(model, max_rows=rows, runner=make) as engine:
             results = engine.generate(prompts, 12, temperature=0, speculate=Draft(2, 3))
             assert [r.tokens for r in results] == [alone(model, prompt, 12) for prompt in prompts]
+            assert engine.stats.done.drafted > engine.stats.done.kept
+    assert {(4, True), (8, True)} <= set(served)  # drafts and checks of one request, and of two, at once
 
 
 @pytest.mark.gpu
