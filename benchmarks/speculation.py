@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
 import time
@@ -29,9 +28,9 @@ import torch
 from torch import Tensor
 
 from open_mythos import OpenMythos, from_pretrained, kernels
-from open_mythos.inference.engine import Engine
+from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.exits import LoopReport
-from open_mythos.inference.generate import generate
+from open_mythos.inference.generate import stream
 from open_mythos.inference.speculative import Draft
 from open_mythos.training.config import load_config
 from open_mythos.training.sources import evaluation_batches
@@ -102,19 +101,21 @@ def bits(model: OpenMythos, ids: Tensor, n_loops: int) -> float:
     return float(-picked.mean() / math.log(2))
 
 
-Way = Callable[[Tensor, Draft | None, LoopReport | None], list[list[int]]]
+Way = Callable[[Tensor, Draft | None, LoopReport | None], tuple[list[list[int]], float]]
 
 
 def by_generate(model: OpenMythos, plan: Plan) -> Way:
-    """New tokens of prompts (B, S) by model.generate, all rows together."""
+    """New tokens of prompts (B, S) by model.generate, all rows together; when the first ones came, in seconds."""
 
-    def run(ids: Tensor, draft: Draft | None, report: LoopReport | None) -> list[list[int]]:
+    def run(ids: Tensor, draft: Draft | None, report: LoopReport | None) -> tuple[list[list[int]], float]:
+        start, first = time.perf_counter(), 0.0
+        columns = []
         with kernels.disabled():  # plain generation's own C kernel does not draft
-            out = generate(
-                model, ids, plan.new, temperature=0, top_k=None, seed=0, speculate=draft,
-                report=report if draft else None,
-            )  # fmt: skip
-        return out[:, ids.shape[1] :].tolist()
+            counted = report if draft else None
+            for column in stream(model, ids, plan.new, temperature=0, speculate=draft, report=counted):
+                columns.append(column.tolist())
+                first = first or time.perf_counter() - start
+        return [list(row) for row in zip(*columns, strict=True)], first
 
     return run
 
@@ -122,14 +123,23 @@ def by_generate(model: OpenMythos, plan: Plan) -> Way:
 def by_engine(engine: Engine, plan: Plan) -> Way:
     """The same by the engine, as many at once as it has rows for."""
 
-    def run(ids: Tensor, draft: Draft | None, report: LoopReport | None) -> list[list[int]]:
-        before = replace(engine.stats.done)
-        found = engine.generate(ids, plan.new, temperature=0, speculate=draft)
+    def run(ids: Tensor, draft: Draft | None, report: LoopReport | None) -> tuple[list[list[int]], float]:
+        before, start = replace(engine.stats.done), time.perf_counter()
+        came: dict[int, float] = {}
+        handles = []
+        for i, prompt in enumerate(ids.cpu()):
+
+            def arrived(token: int, i: int = i) -> None:
+                came.setdefault(i, time.perf_counter() - start)
+
+            request = Request(prompt, plan.new, temperature=0, speculate=draft, on_token=arrived)
+            handles.append(engine.submit(request))
+        found = [handle.result().tokens for handle in handles]
         if report is not None:
             for name in ("checks", "drafted", "kept"):
                 gained = getattr(engine.stats.done, name) - getattr(before, name)
                 setattr(report, name, getattr(report, name) + gained)
-        return [result.tokens for result in found]
+        return found, max(came.values())
 
     return run
 
@@ -137,31 +147,41 @@ def by_engine(engine: Engine, plan: Plan) -> Way:
 def timed(
     way: Way, ids: Tensor, drafts: list[Draft | None], batch: int = 1
 ) -> dict[Draft | None, dict[str, float]]:
-    """Tokens a second of each, so many prompts at once, turn by turn."""
-    seconds: dict[Draft | None, list[float]] = {draft: [] for draft in drafts}
+    """Tokens a second of each, so many prompts at once, turn by turn: after the first token, and prompts included."""
+    seconds: dict[Draft | None, list[tuple[float, float]]] = {draft: [] for draft in drafts}
     tokens: dict[Draft | None, int] = dict.fromkeys(drafts, 0)
     reports = {draft: LoopReport() for draft in drafts}
     for draft in drafts:  # what is compiled or captured on first use
         way(ids[:batch], draft, None)
-    for row in ids.split(batch):
+    for part in ids.split(batch):
         for draft in drafts:
             settle(ids.device)
             start = time.perf_counter()
-            out = way(row, draft, reports[draft])
+            out, first = way(part, draft, reports[draft])
             settle(ids.device)
-            seconds[draft].append(time.perf_counter() - start)
+            whole = time.perf_counter() - start
+            seconds[draft].append((whole, whole - first))
             tokens[draft] += sum(map(len, out))
     found = {}
     for draft in drafts:
-        report = reports[draft]
-        found[draft] = {"tokens_per_s": tokens[draft] / sum(seconds[draft])}
-        found[draft] |= {"median_s": statistics.median(seconds[draft])}
+        report, (whole, after) = reports[draft], map(sum, zip(*seconds[draft], strict=True))
+        rates = {
+            "tokens_per_s": (tokens[draft] - len(ids)) / after,
+            "with_prompts_tokens_per_s": tokens[draft] / whole,
+        }
         if draft is not None:
-            found[draft] |= {
-                "acceptance": report.kept / max(1, report.drafted),
-                "tokens_per_check": 1 + report.kept / max(1, report.checks),
-            }
+            rates["acceptance"] = report.kept / max(1, report.drafted)
+            rates["tokens_per_check"] = 1 + report.kept / max(1, report.checks)
+        found[draft] = rates
     return found
+
+
+def gain(found: dict[Draft | None, dict[str, float]], draft: Draft) -> dict[str, float]:
+    """Speed with the draft over speed without."""
+    return {
+        name: found[draft][rate] / found[None][rate]
+        for name, rate in (("speedup", "tokens_per_s"), ("speedup_with_prompts", "with_prompts_tokens_per_s"))
+    }
 
 
 def settle(device: torch.device) -> None:
@@ -177,7 +197,7 @@ def compare(way: Way, model: OpenMythos, ids: Tensor, draft: Draft, batch: int) 
     """
     differ, gaps, plains = 0, [], []
     for part in ids.split(batch):
-        plain, quick = way(part, None, None), way(part, draft, None)
+        plain, quick = (way(part, each, None)[0] for each in (None, draft))
         plains += plain
         for prompt, a, b in zip(part, plain, quick, strict=True):
             if a == b:
@@ -188,7 +208,7 @@ def compare(way: Way, model: OpenMythos, ids: Tensor, draft: Draft, batch: int) 
             top = model(fed.unsqueeze(0))[0, -1].float().topk(2).values
             gaps.append(float(top[0] - top[1]))
     some = ids[: max(1, len(ids) // 20)]
-    alone = [way(row, None, None)[0] for row in some.split(1)]
+    alone = [way(row, None, None)[0][0] for row in some.split(1)]
     found: dict[str, Any] = {"prompts": len(ids), "different": differ, "batch": batch}
     found["alone"] = {
         "prompts": len(some),
@@ -236,30 +256,17 @@ def measure(
         results.add(**label, part="choosing", draft=name(draft), **row)
     best = max(drafts, key=lambda draft: tuning[draft]["tokens_per_s"])
     assert best is not None
-    found = timed(way, ids["test"][: plan.timed], [None, best])
-    speedup = found[best]["tokens_per_s"] / found[None]["tokens_per_s"]
-    results.add(**label, part="speed", draft=name(None), **found[None])
-    results.add(**label, part="speed", draft=name(best), **found[best], speedup=speedup)
-    print(
-        f"{label['path']:9} {label['dtype']:5} {found[None]['tokens_per_s']:9.1f} {name(best):9} "
-        f"{found[best]['tokens_per_s']:9.1f} {speedup:6.2f}x {found[best]['acceptance']:6.1%}",
-        flush=True,
-    )
-    many = timed(way, ids["test"][: plan.timed], [None, best], plan.together)
-    gain = many[best]["tokens_per_s"] / many[None]["tokens_per_s"]
-    results.add(
-        **label,
-        part="speed",
-        draft=name(best),
-        batch=plan.together,
-        speedup=gain,
-        plain=many[None],
-        **many[best],
-    )
-    rates = (
-        f"{many[None]['tokens_per_s']:9.1f} {'at ' + str(plan.together):9} {many[best]['tokens_per_s']:9.1f}"
-    )
-    print(f"{'':15} {rates} {gain:6.2f}x", flush=True)
+    for batch in (1, plan.together):
+        found = timed(way, ids["test"][: plan.timed], [None, best], batch)
+        gains = gain(found, best)
+        results.add(**label, part="speed", batch=batch, draft=name(None), **found[None])
+        results.add(**label, part="speed", batch=batch, draft=name(best), **found[best], **gains)
+        print(
+            f"{label['path']:9} {label['dtype']:5} {batch:5} {found[None]['tokens_per_s']:9.1f} {name(best):9} "
+            f"{found[best]['tokens_per_s']:9.1f} {gains['speedup']:6.2f}x {gains['speedup_with_prompts']:8.2f}x "
+            f"{found[best]['acceptance']:6.1%}",
+            flush=True,
+        )
     same = compare(way, model, ids["test"][: plan.compared], best, plan.batch)
     results.add(**label, part="tokens", draft=name(best), **same)
     print(f"{'':15} tokens differ in {same['different']} of {same['prompts']} prompts", flush=True)
@@ -297,7 +304,9 @@ def main() -> None:
     depths = {n: bits(model, ids["test"][:200], n) for n in range(1, model.cfg.max_loop_iters + 1)}
     results.data["bits_per_byte"] = depths
     print("bits per byte by loops: " + ", ".join(f"{n}: {x:.3f}" for n, x in depths.items()))
-    print(f"{'path':9} {'dtype':5} {'plain t/s':>9} {'draft':9} {'t/s':>9} {'gain':>7} {'kept':>6}")
+    print(
+        f"{'path':9} {'dtype':5} batch {'plain t/s':>9} {'draft':9} {'t/s':>9} {'gain':>7} {'+prompts':>9} {'kept':>6}"
+    )
     for dtype in args.dtypes or (["bf16", "fp32"] if device == "cuda" else ["fp32"]):
         model = model.to(DTYPES[dtype])
         if "engine" in args.paths:
