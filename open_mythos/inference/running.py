@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.inference.pages import on_device
 from open_mythos.inference.requests import Checked, Handle
 from open_mythos.inference.runner import Batch, Chunk
 from open_mythos.inference.sampler import Sampler
@@ -287,7 +288,7 @@ def checked_drafts(runs: Sequence[Running], ids: Tensor) -> list[tuple[int, list
 def _gained(runs: list[Running], ids: Tensor) -> Tensor:
     """Tokens gained and the tokens, (n, g + 2), of runs with equally long drafts; only one where tokens are drawn."""
     lanes, sampler = [lane for run in runs for lane in run.active], runs[0].sampler
-    rows = torch.tensor([[lane.row for lane in run.active[1:]] for run in runs], device=ids.device)
+    rows = on_device([[lane.row for lane in run.active[1:]] for run in runs], ids.device)
     drafted = ids[rows]
     answers = torch.stack([lane.answer for lane in lanes if lane.answer is not None])
     answers = answers.view(len(runs), -1, answers.shape[-1])
