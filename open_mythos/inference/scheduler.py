@@ -13,16 +13,14 @@ Shape letters: n rows of a call, V vocabulary.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from open_mythos.inference.intake import Intake
 from open_mythos.inference.pages import PagePool, on_device
-from open_mythos.inference.requests import Checked, Handle, QueueFull, Reason
 from open_mythos.inference.row_exits import RowSeen, leaving
 from open_mythos.inference.runner import Runner
 from open_mythos.inference.running import (
@@ -33,13 +31,12 @@ from open_mythos.inference.running import (
     batch_of,
     checked_drafts,
     chunk_of,
-    lanes_of,
     piece_of,
     round_done,
     round_of,
     rounds_alike,
 )
-from open_mythos.inference.sampler import Sampler, draw
+from open_mythos.inference.sampler import draw
 from open_mythos.model import OpenMythos
 
 __all__ = ["Scheduler", "Stats"]
@@ -47,8 +44,8 @@ __all__ = ["Scheduler", "Stats"]
 T = TypeVar("T")
 
 
-class Scheduler:
-    """Rows, pages, a queue, and turns. One thread at a time runs a turn; submitting is safe from any.
+class Scheduler(Intake):
+    """Turns of those who run. One thread at a time runs a turn; submitting is safe from any.
 
     Args:
         model: in eval mode whenever a turn runs.
@@ -75,133 +72,11 @@ class Scheduler:
         alone: bool,
         lag: int,
     ) -> None:
-        self.model, self.pool, self.runner, self.stats = model, pool, runner, Stats()
-        self._chunk, self._queue, self._coda_every, self._alone, self._lag = (
-            chunk,
-            queue,
-            coda_every,
-            alone,
-            lag,
-        )
-        self._inbox: deque[Handle] = deque()
-        self._waiting: deque[Handle] = deque()
-        self._count, self._free_rows = rows, list(range(rows))
-        self._running: list[Running] = []  # by row
-        self._cancelled = False
-        self._late: deque[Late] = deque()
+        super().__init__(pool, rows, queue, runner.state.ids.device)
+        self.model, self.runner = model, runner
+        self._chunk, self._coda_every, self._alone, self._lag = chunk, coda_every, alone, lag
         self._owed = 0  # ticks, before the next chunk
-        self._chunks = 0
         self._since_coda = 0
-
-    # Coming and going.
-
-    def submit(self, handle: Handle) -> None:
-        """Queue a request.
-
-        Raises:
-            QueueFull: as many wait as may.
-            ValueError: it would never fit.
-        """
-        need, checked = self._pages(handle.checked), handle.checked
-        if need > self.pool.capacity:
-            raise ValueError(
-                f"the request needs {need} pages of {self.pool.page_size} tokens ({checked.cached} tokens, "
-                f"{checked.depth.most} loops), more than the {self.pool.capacity} there are: raise cache_bytes"
-            )
-        lanes = lanes_of(checked)
-        if lanes > self._count:
-            raise ValueError(
-                f"Draft.tokens = {lanes - 1} is not allowed: it takes {lanes} rows, and max_rows = {self._count}"
-            )
-        if self.waiting >= self._queue:
-            raise QueueFull(f"{self.waiting} requests wait already: try again when some have finished")
-        self._inbox.append(handle)
-
-    @property
-    def waiting(self) -> int:
-        """Requests that have no row yet."""
-        return len(self._inbox) + len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Requests that have one."""
-        return len(self._running)
-
-    def room(self) -> bool:
-        """Whether one more may wait."""
-        return self.waiting < self._queue
-
-    @property
-    def idle(self) -> bool:
-        """Nothing to do."""
-        return not (self._running or self._late or self.waiting)
-
-    def cancel(self, handle: Handle) -> None:
-        """Let a request go in the next sweep."""
-        handle.cancelled = self._cancelled = True
-
-    def sweep(self) -> None:
-        """Take in who has come, and let go of who was cancelled."""
-        while self._inbox:
-            self._waiting.append(self._inbox.popleft())
-        if not self._cancelled:
-            return
-        self._cancelled = False
-        for run in list(self._running):
-            if run.handle.cancelled:
-                self._end(run, "cancelled")
-        for handle in [handle for handle in self._waiting if handle.cancelled]:
-            self._waiting.remove(handle)
-            self._close(handle, "cancelled")
-        for late in self._late:
-            for run in late.runs:
-                if run.handle.cancelled:
-                    self._close(run.handle, "cancelled")
-
-    def cancel_all(self) -> None:
-        """Cancel everything."""
-        self.sweep()
-        runs = self._running + [run for late in self._late for run in late.runs]
-        for handle in [*self._waiting, *(run.handle for run in runs)]:
-            self.cancel(handle)
-        self.sweep()
-        self._late.clear()
-
-    def fail_all(self, error: Exception) -> None:
-        """End everything."""
-        self.sweep()
-        for run in list(self._running):
-            self._end(run, "failed", error)
-        for late in self._late:
-            for run in late.runs:
-                self._close(run.handle, "failed", error)
-        while self._waiting:
-            self._close(self._waiting.popleft(), "failed", error)
-        self._late.clear()
-
-    def _layers(self, checked: Checked) -> list[int]:
-        return self.pool.layers.needed(checked.depth.most, checked.depth.probes)
-
-    def _pages(self, checked: Checked) -> int:
-        return self.pool.pages_for(len(self._layers(checked)), checked.cached)
-
-    def _end(self, run: Running, reason: Reason, error: Exception | None = None) -> None:
-        """Free the row, and close the request."""
-        self._free(run)
-        self._close(run.handle, reason, error)
-
-    def _free(self, run: Running) -> None:
-        if run in self._running:
-            rows = [lane.row for lane in run.lanes]
-            self._running.remove(run)
-            self._free_rows = sorted(self._free_rows + rows)
-            self.pool.release(run.row)
-            self.pool.share(run.row, rows[1:])
-
-    def _close(self, handle: Handle, reason: Reason, error: Exception | None = None) -> None:
-        if not handle.done:
-            handle.state.error, handle.state.reason = error, reason
-            self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
 
     # A turn.
 
@@ -209,27 +84,12 @@ class Scheduler:
         """A little of everything."""
         self.sweep()
         self._read(self._lag)
-        self._admit()
+        self.admit()
         reading = [run for run in self._running if not run.drawn]
         if reading and (self._owed <= 0 or len(reading) == len(self._running)):
             self._prompts(reading)
         self._tick()
         self._read(self._lag if self._running else 0)
-
-    def _admit(self) -> None:
-        """First come, first served: who does not fit yet keeps those behind waiting, so that nobody starves."""
-        while self._waiting and self._free_rows:
-            checked = self._waiting[0].checked
-            lanes = lanes_of(checked)
-            if len(self._free_rows) < lanes or self._pages(checked) > self.pool.free:
-                return
-            rows, self._free_rows = self._free_rows[:lanes], self._free_rows[lanes:]
-            self.pool.take(rows[0], self._layers(checked), checked.cached)
-            self.pool.share(rows[0], rows[1:])
-            handle = self._waiting.popleft()
-            run = Running(handle, rows, Sampler(checked, handle.number, self.runner.state.ids.device))
-            run.served = self._chunks
-            insort(self._running, run, key=lambda run: run.row)
 
     # Prompts.
 
@@ -285,7 +145,9 @@ class Scheduler:
 
     def _tick(self) -> None:
         active = [lane for run in self._running if run.drawn for lane in run.active]
-        active.sort(key=lambda lane: lane.row)  # runners are promised rising rows; lanes of requests may interleave
+        active.sort(
+            key=lambda lane: lane.row
+        )  # runners are promised rising rows; lanes of requests may interleave
         lanes = self._at_once(self._rounds(active))
         if not lanes:
             return
