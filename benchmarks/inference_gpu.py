@@ -33,6 +33,7 @@ from torch import Tensor
 
 from open_mythos import MythosConfig, OpenMythos
 from open_mythos.accounting import flops_per_token, kv_bytes_per_token
+from open_mythos.inference.compiled_runner import CompiledRunner
 from open_mythos.inference.graph_runner import GraphRunner
 from open_mythos.inference.pages import Layers, PagePool
 from open_mythos.inference.requests import Depth
@@ -100,6 +101,12 @@ class Bench:
             Path(self.out).write_text(json.dumps(self.report, indent=2) + "\n")
 
 
+class Traced(CompiledRunner):
+    """Compiled down to the operators that are there anyway."""
+
+    backend = "eager"
+
+
 class Rows:
     """A runner with some rows whose prompts are in the pool.
 
@@ -125,7 +132,7 @@ class Rows:
             model.cfg, layers, rows=count, pages=pages, page_size=kind.page_size, max_context=tokens,
             dtype=model.embed.weight.dtype, device=bench.device,
         )  # fmt: skip
-        if bench.toy and kind is GraphRunner:
+        if bench.toy and kind is not PlainRunner:
             options = {**options, "rows": PlainRows()}
         self.runner = kind(model, self.pool, RowState(model, count), **options)
         if isinstance(self.runner, GraphRunner) and self.runner.reason:
@@ -306,9 +313,9 @@ def engine(bench: Bench) -> None:
 
 
 def served_seconds(bench: Bench, served: Any, count: int, new: int) -> float:
-    """Seconds for so many greedy tokens a prompt, after two to warm up."""
+    """Seconds for so many greedy tokens a prompt, after some to warm up."""
     prompts = bench.ids(count, bench.prompt).tolist()
-    served.generate(prompts, 2, n_loops=bench.loops, temperature=0)
+    served.generate(prompts, bench.new // 4, n_loops=bench.loops, temperature=0)
     bench.sync()
     began = time.perf_counter()
     served.generate(prompts, new, n_loops=bench.loops, temperature=0)
@@ -322,16 +329,13 @@ def prefill(bench: Bench) -> None:
     ceiling, ids = 1.0 if bench.toy else matmul_tflops(), bench.ids(rows, length)
     for attn_type in bench.attentions:
         model = bench.model(attn_type)
-        some = Rows(bench, model, rows, prompt=length)
+        kind = Traced if bench.toy else CompiledRunner
+        modules, compiled = (Rows(bench, model, rows, each, prompt=length) for each in (GraphRunner, kind))
         flops = flops_per_token(model.cfg, bench.loops, context=(length + 1) // 2)
         flops = (
             rows * length * (flops - 2 * model.cfg.dim * model.cfg.vocab_size)
         )  # only the last token has logits
-        ways: dict[str, Callable[[], Any]] = {
-            "modules": partial(some.prefill, ids),
-            "cudnn": partial(with_cudnn, some, ids),
-            "compiled": partial(compiled_prefill(bench, some), ids),
-        }
+        ways = {"compiled": partial(compiled.prefill, ids), "modules": partial(modules.prefill, ids)}
         for name, way in ways.items():
             with Noted(bench, f"prefill_{attn_type}_{name}"):
                 way()
@@ -346,15 +350,6 @@ def prefill(bench: Bench) -> None:
                 bench.note(f"prefill_{attn_type}_{name}", figures | {"ceiling": ceiling})
                 if not bench.toy:
                     costliest(f"prefill {attn_type} {name}", way, 1, 14)
-
-
-def with_cudnn(some: Rows, ids: Tensor) -> Tensor:
-    """Prefill with cuDNN's attention, which takes keys and values of unequal width."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with sdpa_kernel(order, set_priority=True):
-        return some.prefill(ids)
 
 
 class Noted:
@@ -383,51 +378,6 @@ def timed(bench: Bench, work: Callable[[], Any]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def compiled_prefill(bench: Bench, some: Rows) -> Callable[[Tensor], Any]:
-    """What a compiler makes of the same, each layer's part compiled; keys and values are not kept here."""
-    from torch import _dynamo
-
-    from open_mythos.model.attention import SequenceContext
-
-    model = some.model
-
-    class Catch:
-        length, new = 0, None
-
-        def write(self, slot: str, new: dict[str, Tensor]) -> dict[str, Tensor]:
-            self.new = new
-            return new
-
-    def one_loop(h: Tensor, e: Tensor, t: Tensor, rope: Tensor) -> Any:
-        catch = Catch()
-        return model.recurrent(h, e, t, SequenceContext(rope, None, catch), "loop"), catch.new
-
-    def one_layer(block: Any, x: Tensor, rope: Tensor) -> Any:
-        catch = Catch()
-        return block(x, SequenceContext(rope, None, catch), "layer"), catch.new
-
-    _dynamo.reset()
-    backend = "eager" if bench.toy else "inductor"
-    loop = torch.compile(one_loop, fullgraph=True, dynamic=False, backend=backend)
-    layer = torch.compile(one_layer, fullgraph=True, dynamic=False, backend=backend)
-
-    def run(ids: Tensor) -> Tensor:
-        ids = ids.to(bench.device)
-        ctx = model.context(ids)
-        x = model.embed(ids) * model.cfg.dim**0.5
-        for block in model.prelude_layers:
-            x = layer(block, x, ctx.rope)[0]
-        e = model.input_norm(x)
-        h = torch.zeros_like(e)
-        for t in range(bench.loops):
-            h = loop(h, e, torch.tensor(t, device=bench.device), ctx.rope)[0]
-        for block in model.coda_layers:
-            h = layer(block, h, ctx.rope)[0]
-        return model.head(model.norm(h[:, -1]))
-
-    return run
-
-
 def matmul_tflops() -> float:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
@@ -447,7 +397,7 @@ def long(bench: Bench) -> None:
             some = Rows(bench, model, 1, prompt=length, room=new + 4)
             bench.sync()
             began = time.perf_counter()
-            some.feed(with_cudnn(some, bench.ids(1, length)).argmax(-1).cpu())
+            some.feed(some.prefill(bench.ids(1, length)).argmax(-1).cpu())
             seconds = time.perf_counter() - began
             some.greedy(2)
             ms = some.greedy(new)

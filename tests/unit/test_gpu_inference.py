@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import MythosConfig, OpenMythos, kernels_gpu, ops
+from open_mythos.inference.compiled_runner import CompiledRunner
 from open_mythos.inference.graph_runner import GraphRunner, unserved
 from open_mythos.inference.pages import Layers, PagePool
 from open_mythos.inference.requests import Depth
@@ -141,6 +142,43 @@ def test_a_row_whose_loop_somebody_else_ran_goes_on_from_its_state() -> None:
     for runner in (mixed, plain):
         runner.loop(batch_of(0, [2] * 3, [0, 1]))
     assert apart([mixed.state.h[[0, 2]]], [plain.state.h[[0, 2]]]) < 1e-12
+
+
+class Traced(CompiledRunner):
+    """Compiled down to the operators that are there anyway."""
+
+    backend = "eager"
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns about its own doings
+@pytest.mark.parametrize(("attn_type", "halting", "length"), [("mla", "select", 8), ("gqa", "off", 6)])
+def test_compiled_prompts_are_those_of_the_modules(attn_type: str, halting: str, length: int) -> None:
+    """Of whole pages, and not."""
+    model = build(attn_type, torch.float64, halting=halting, coda_layers=1)
+    layers, device = Layers(1, 3, 1), torch.device("cpu")
+    found: list[list[Tensor]] = []
+    for kind in (Traced, PlainRunner):
+        pool = PagePool(
+            model.cfg,
+            layers,
+            rows=2,
+            pages=40,
+            page_size=4,
+            max_context=8,
+            dtype=torch.float64,
+            device=device,
+        )
+        for row in range(2):
+            pool.take(row, layers.needed(3), 8)
+        options = (PlainRows(),) if kind is Traced else ()
+        runner: Any = kind(model, pool, RowState(model, 2), *options)
+        ids = torch.randint(0, 96, (2, length), generator=torch.Generator().manual_seed(4))
+        logits, _ = runner.prefill(Chunk((0, 1), (0, 0), ids, Depth(3, None), True))
+        found.append([logits, *(tensor[1:] for tensor in pool.tensors.values())])
+        if kind is Traced:
+            assert list(runner._compiled) == [(2, length)]
+            assert runner.refused == {}
+    assert apart(*found) < 1e-12
 
 
 @pytest.mark.parametrize(("name", "value"), [("alibi", 0.5), ("previous_heads", 1), ("halting", "average")])
