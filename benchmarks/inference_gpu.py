@@ -348,8 +348,6 @@ def prefill(bench: Bench) -> None:
                     "share": rate / ceiling,
                 }
                 bench.note(f"prefill_{attn_type}_{name}", figures | {"ceiling": ceiling})
-                if not bench.toy:
-                    costliest(f"prefill {attn_type} {name}", way, 1, 14)
 
 
 class Noted:
@@ -453,26 +451,6 @@ def run_peer(bench: Bench, folder: str, attn_type: str, count: int) -> None:
             bench.sync()
             times.append((time.perf_counter() - began) * 1e3)
     print(json.dumps({"ms_per_token": statistics.median(times[3:]), "prefill_ms": times[0]}))
-
-
-def costliest(title: str, work: Callable[[], Any], steps: int, rows: int = 16) -> None:
-    """Print the costliest kernels of some steps."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    with record(activities=[ProfilerActivity.CUDA]) as trace:
-        work()
-        torch.cuda.synchronize()
-    totals: dict[str, list[float]] = {}
-    for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            entry = totals.setdefault(event.name, [0.0, 0.0])
-            entry[0] += event.device_time_total / steps
-            entry[1] += 1 / steps
-    busy, launches = (sum(each[i] for each in totals.values()) for i in range(2))
-    print(f"{title}: kernels {busy:.0f} us in {launches:.0f} launches")
-    for name, (us, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:rows]:
-        print(f"  {us:8.1f} us {count:5.0f} x {us / count:7.1f}  {name[:100]}")
 
 
 def main() -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from inference_gpu import Bench, Noted, Rows, costliest, device_ms
+from inference_gpu import Bench, Noted, Rows, device_ms
 from torch import Tensor
 
 from open_mythos.rows.plain import Entries
@@ -188,6 +189,26 @@ def time_operation(some: Rows, name: str, changes: dict[str, int]) -> float:
         return statistics.median(device_ms(graph.replay) for _ in range(5)) * 100
     finally:
         some.runner._ops.tuning = kept
+
+
+def costliest(title: str, work: Callable[[], Any], steps: int, rows: int = 16) -> None:
+    """Print the costliest kernels of some steps."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as trace:
+        work()
+        torch.cuda.synchronize()
+    totals: dict[str, list[float]] = {}
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            entry = totals.setdefault(event.name, [0.0, 0.0])
+            entry[0] += event.device_time_total / steps
+            entry[1] += 1 / steps
+    busy, launches = (sum(each[i] for each in totals.values()) for i in range(2))
+    print(f"{title}: kernels {busy:.0f} us in {launches:.0f} launches")
+    for name, (us, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:rows]:
+        print(f"  {us:8.1f} us {count:5.0f} x {us / count:7.1f}  {name[:100]}")
 
 
 def profile(bench: Bench) -> None:

@@ -283,9 +283,7 @@ def advance(
         out += tl.load(shared + m * D + d, here, 0.0).to(tl.float32)
     for j in range(k):
         out += tl.load(slots + (m * k + j) * D + d, here, 0.0).to(tl.float32)
-    update = out
-    if not KEEP:
-        update = out - tl.load(x + to, here, 0.0)
+    update = out if KEEP else out - tl.load(x + to, here, 0.0)
     if LORA:
         at = tl.minimum(t, lora_rows - 1) * rank
         for begin in range(0, rank, BLOCK_L):
@@ -308,9 +306,8 @@ def advance(
     tl.store(before + to, last, here)
     tl.store(h + to, state, here)
     wide = state.to(tl.float32)
-    free = tl.load(ruled + m) != 0
     if SELECT:
-        left = tl.load(mass + row)
+        left, free = tl.load(mass + row), tl.load(ruled + m) != 0
         tl.store(chosen + to, state, here & (free | (tl.load(running + row) != 0)))
         logit = tl.sum(wide * tl.load(halt + d, here, 0.0).to(tl.float32), 0) + tl.load(halt_bias).to(
             tl.float32
