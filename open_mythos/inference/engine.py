@@ -234,7 +234,7 @@ class Engine:
 
         Raises:
             ValueError: as for :meth:`submit`; no prompt has run then.
-            RequestError: one failed; the others have run to their end.
+            RequestError: one failed. The others have run to their end: the error's ``results`` has them all.
         """
         if isinstance(prompts, Tensor) and prompts.dim() != 2:
             raise ValueError(f"prompts must be of shape (B, S), got {tuple(prompts.shape)}")
@@ -269,7 +269,13 @@ class Engine:
             for handle in handles:
                 handle.cancel()
             raise
-        return [handle.result() for handle in handles]
+        results = [handle.state for handle in handles]
+        for i, result in enumerate(results):
+            if result.reason == "failed":
+                error = RequestError(f"prompts[{i}] failed: {result.error}")
+                error.results = results
+                raise error from result.error
+        return results
 
     async def stream(self, request: Request) -> AsyncIterator[int]:
         """New tokens of one request as they come; leaving early cancels it.

@@ -29,7 +29,13 @@ class QueueFull(RuntimeError):  # noqa: N818 (a state of the queue, which passes
 
 
 class RequestError(RuntimeError):
-    """A request failed; ``__cause__`` is why, where it was an exception. Others are not touched by it."""
+    """A request failed; ``__cause__`` is why. Others are not touched by it.
+
+    Attributes:
+        results: of all prompts, where it is one of several that were given together.
+    """
+
+    results: Sequence[Result] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -408,5 +408,8 @@ def test_generate_takes_one_value_or_one_for_each_prompt() -> None:
         engine.generate(torch.tensor(PROMPT), 2)
     with pytest.raises(ValueError, match="n_loops = -1"):
         engine.generate([PROMPT, PROMPT], 2, [1, -1])
+    with pytest.raises(RequestError, match=r"prompts\[1\] failed: a rule failed") as error:
+        engine.generate([PROMPT, PROMPT], 2, exit=[None, Raising()])
+    assert [(r.reason, len(r.tokens)) for r in error.value.results] == [("length", 2), ("failed", 0)]
     assert empty(engine)
     assert [len(r.tokens) for r in engine.generate(torch.tensor([PROMPT, PROMPT]), [2, 3], 1)] == [2, 3]
