@@ -6,7 +6,7 @@ blocks of the test split in one pass with a cache, in which each token is seen a
 of decoding too. The price is the paired difference from float32, with its standard error over the blocks. ``--out``
 writes JSON, and the table beside it as Markdown.
 
-    python benchmarks/quantised.py [RUN ...] [--runs runs/quantised] [--out docs/results/quantised.json]
+    python benchmarks/quantised.py [RUN ...] [--attention mla] [--runs FOLDER] [--out docs/results/quantised.json]
 """
 
 from __future__ import annotations
@@ -150,15 +150,20 @@ def main() -> None:
     parser.add_argument(
         "run", nargs="*", type=Path, help="trained runs on text; the two byte models by default"
     )
+    parser.add_argument(
+        "--attention", nargs="+", default=["mla", "gqa"], choices=("mla", "gqa"), help="which of the two"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/quantised"), help="where those are trained")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for their training")
     parser.add_argument("--examples", type=int, default=256, help="blocks of the test split (default 256)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a table beside it")
     args = parser.parse_args()
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    command = ["python benchmarks/quantised.py", *(["--set", *args.set] if args.set else [])]
+    command = ["python benchmarks/quantised.py", *(run.as_posix() for run in args.run)]
+    command += ["--attention", *args.attention] if len(args.attention) == 1 and not args.run else []
+    command += ["--set", *args.set] if args.set else []
     report |= {"command": " ".join(command), "models": []}
-    runs = args.run or [trained(args.runs, attention, args.set) for attention in ("mla", "gqa")]
+    runs = args.run or [trained(args.runs, attention, args.set) for attention in args.attention]
     for run in runs:
         print(run.name)
         report["models"].append(study(run, args.examples))

@@ -23,7 +23,10 @@ from open_mythos.weights import to_upstream_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))]
-WITH_PYTHON = ["docs/architecture.md", "docs/data.md", "docs/exits.md", "docs/migrating.md", "docs/model.md"]
+WITH_PYTHON = [
+    f"docs/{name}.md"
+    for name in ("architecture", "data", "exits", "inference", "migrating", "model", "speculation")
+]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What people run writes here; nothing of it is in the repository.
