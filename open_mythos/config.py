@@ -80,10 +80,10 @@ class MythosConfig:
             distance (arXiv 2108.12409): what is near counts, and far positions look like those trained on. 0 leaves
             it out.
         loop_embedding: add a sinusoidal loop index to the first ``dim // 8`` channels the block reads.
-        extra_loops: while training, a forward pass with T loops first runs up to ``extra_loops · T`` more, without
-            gradient and drawn anew each time, so that the loop learns to go on from wherever it stands. It is
-            for training loops of one's own; the trainer draws its loops itself, as [loops] says, and a model inside
-            ``torch.compile`` leaves them out.
+        extra_loops: while training, one forward pass in four with T loops first runs 1 to ``extra_loops · T`` more,
+            without gradient and drawn anew each time, so that the loop learns to go on from wherever it stands. It
+            is for training loops of one's own; the trainer draws its loops itself, as [loops] says, and a model
+            inside ``torch.compile`` leaves them out.
         halting: what the loop hands to the coda. ``"select"``: for each position the state at which its
             cumulative halting probability reaches act_threshold, else the last. ``"average"``: ACT's weighted
             sum, weights summing to one. ``"upstream"``: the public release's sum, remainder missing.

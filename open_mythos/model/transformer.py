@@ -227,7 +227,7 @@ class OpenMythos(nn.Module):
         return out
 
     def _settle(self, h: Tensor, e: Tensor, ctx: SequenceContext, n_loops: int) -> tuple[Tensor, int]:
-        """While training, the state after 0 … extra_loops · n_loops loops without gradient, and how many.
+        """While training, the state after some loops without gradient, and how many: none in three passes of four.
 
         The number follows from how many passes there were, so that all processes that train it draw the same, and
         a recomputation for the backward draws as its pass did.
@@ -240,7 +240,7 @@ class OpenMythos(nn.Module):
             self._passes += 1
         with torch.no_grad():
             draw = torch.Generator(device="cpu").manual_seed(self._passes)
-            extra = int(torch.randint(most + 1, (), generator=draw, device="cpu"))
+            extra = max(0, int(torch.randint(1 - 3 * most, most + 1, (), generator=draw, device="cpu")))
             for t in range(extra):
                 h = self.step(h, e, t, ctx)
         return h, extra

@@ -143,11 +143,14 @@ def test_the_experiment_runs_both_scripts_with_either_preset(
 ) -> None:
     experiment = named("articles")
     seen: list[tuple[str, int, str, Any]] = []
+    longer: list[float] = []
 
     def script(name: str) -> Any:
         def run(seed: int, length: int, **given: Any) -> dict[str, Any]:
             seen.append((name, seed, given.get("read", ""), given["build"](TINY).cfg.halting))
-            assert given["model_overrides"] == {"qk_norm": True}
+            changed = dict(given["model_overrides"])
+            longer.append(changed.pop("extra_loops", 0.0))
+            assert changed == {"qk_norm": True}
             assert given["rows"] == 400
             curve = {str(T): 0.1 * length + 0.01 * T for T in given["loops"]}
             rest = {"shares": [0.3, 0.7], "finite": True, "seconds": 1.0}
@@ -167,10 +170,12 @@ def test_the_experiment_runs_both_scripts_with_either_preset(
     ours, upstream = MythosConfig().halting, MythosConfig.upstream().halting
     assert seen[:3] == [("parity", 0, "", ours), ("chain", 42, "", ours), ("chain", 42, "last", ours)]
     assert [call[3] for call in seen[3:6]] == 3 * [upstream]
-    assert seen[6:8] == [("parity", 1, "", ours), ("chain", 43, "", ours)]
+    assert [call[3] for call in seen[6:9]] == 3 * [ours]
+    assert seen[9:11] == [("parity", 1, "", ours), ("chain", 43, "", ours)]
+    assert longer[:18] == 2 * [*6 * [0.0], *3 * [3.0]]
     verdict = experiment.judge(records)
     assert [figure["met"] for figure in verdict.figures] == [True, True, True]
     table = experiment.summary(records)
-    assert len(table["rows"]) == 2 * 4
+    assert len(table["rows"]) == 3 * 4
     assert len(table["rows"][0]["cells"]) == len(table["columns"]) == len(table["format"])
     assert experiment.draw(records).axes
