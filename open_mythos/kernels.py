@@ -50,7 +50,7 @@ MAX_TOKENS = 64
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # What it includes.
-PARTS = [SOURCE.with_name(f"kernels_{part}.c") for part in ("decode", "pages", "train")]
+PARTS = [SOURCE.with_name(f"kernels_{part}.c") for part in ("decode", "attention", "pages", "train")]
 # Not -ffast-math: NaN and infinity must stay what they are.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 
