@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from open_mythos import KVCache, LastLoop, MythosConfig, OpenMythos, kernels
+from open_mythos import Engine, KVCache, LastLoop, MythosConfig, OpenMythos, kernels
+from open_mythos.inference.exits import StateChange
 from open_mythos.inference.quantise import Int8Cache, Int8Entries, quantise
 from open_mythos.model import CacheError
 from open_mythos.model.coded import Coded, CodedExperts, CodedLinear
@@ -258,3 +259,45 @@ def test_a_bad_group_is_refused(group: object) -> None:
         ValueError, match=r"group = .* is not allowed: it must be a whole number of at least 1"
     ):
         Int8Entries(group)  # type: ignore[arg-type]
+
+
+# In the engine.
+
+
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+@pytest.mark.parametrize("rule", [None, StateChange(0.3)])
+def test_the_engine_keeps_entries_as_the_cache_does(attention: str, rule: StateChange | None) -> None:
+    model = model_of(attention, dim=72 if attention == "mla" else 66).double()
+    entries = Int8Entries(8)
+    prompts = [torch.randint(0, 61, (n,)).tolist() for n in (9, 3, 6, 9)]
+    with Engine(model, max_rows=3, page_size=4, prefill_chunk=4, entries=entries) as engine:
+        results = engine.generate(prompts, 6, 3, temperature=0, exit=rule)
+        least = sum(tensor[0, 0].numel() for tensor in engine.pool.tensors.values())
+        assert {tensor.dtype for tensor in engine.pool.tensors.values()} == {torch.int8}
+        assert engine.pool.nbytes == (engine.pool.capacity + 1) * 4 * least
+    with Engine(model, max_rows=1, page_size=16, prefill_chunk=16, entries=entries) as engine:
+        alone = [engine.generate([prompt], 6, 3, temperature=0, exit=rule)[0] for prompt in prompts]
+    assert [result.tokens for result in results] == [result.tokens for result in alone]
+    if rule is not None:
+        assert [result.loops for result in results] == [result.loops for result in alone]
+        return
+    for prompt, result in zip(prompts, results, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + result.tokens]), 3, Int8Cache(entries=entries))
+        assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == result.tokens
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_takes_coded_weights_to_the_kernel(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    coded = quantise(model_of(), kind)
+    names: list[str] = []
+    call = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *a: names.append(name) or call(name, *a))
+    with Engine(coded, max_rows=2) as engine:
+        results = engine.generate([[1, 2, 3], [4, 5]], 8, [3, 2], temperature=0)
+    assert len(names) > 8
+    for prompt, depth, result in zip(([1, 2, 3], [4, 5]), (3, 2), results, strict=True):
+        with kernels.disabled(), torch.inference_mode():
+            logits = coded(torch.tensor([prompt + result.tokens]), depth)
+        assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == result.tokens
