@@ -244,7 +244,7 @@ class PagedDecoder:
 
 
 @cache
-def _array(kind: type, length: int) -> Any:
+def _array(kind: Any, length: int) -> Any:
     return kind * length
 
 
