@@ -63,6 +63,8 @@ class Thinking:
         self._memory: dict[str, Tensor] = {}  # what the rule keeps
         self._left: Entry = {}  # what those who left show in deeper loops
         self._asked: int | None = None  # the loop in which the coda was last asked
+        self._before: Tensor = self.state  # of those who run, before their next loop
+        self._drive: Tensor = e
         self._gather(Group.whole(e))
 
     @classmethod
