@@ -255,7 +255,9 @@ def test_structures_have_the_fields_of_the_c_source():
     for kind in (kernels.Matrix, kernels.Layer, kernels.Slot, kernels.Step):
         body = re.search(rf"typedef struct {{([^}}]*)}} {kind.__name__};", source).group(1)
         found = []
-        for base, names in re.findall(r"(char|float|i64|int32_t|unsigned char|Matrix|Layer|Slot)\b([^;]*);", body):
+        for base, names in re.findall(
+            r"(char|float|i64|int32_t|unsigned char|Matrix|Layer|Slot)\b([^;]*);", body
+        ):
             number = {"i64": kernels._N, "Matrix": kernels.Matrix}.get(base, kernels._F)
             found += [(n.strip(" *"), kernels._P if "*" in n else number) for n in names.split(",")]
         assert kind._fields_ == found
