@@ -87,11 +87,14 @@ class Intake:
 
     def sweep(self) -> None:
         """Take in who has come, and let go of who was cancelled."""
+        # Looked at before the inbox: who comes and is cancelled meanwhile is let go in the next sweep.
+        cancelled = self._cancelled
+        if cancelled:
+            self._cancelled = False
         while self._inbox:
             self._waiting.append(self._inbox.popleft())
-        if not self._cancelled:
+        if not cancelled:
             return
-        self._cancelled = False
         for run in list(self._running):
             if run.handle.cancelled:
                 self._end(run, "cancelled")

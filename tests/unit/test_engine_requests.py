@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -199,6 +200,29 @@ def test_cancelling_at_any_moment_frees_the_pages_and_disturbs_nobody() -> None:
     assert all(handle.result().tokens == wanted[n] for n, handle in kept)
     assert empty(engine)
     assert engine.stats.done.finished.keys() <= {"length", "cancelled"}
+
+
+def test_who_comes_and_is_cancelled_while_a_turn_begins_is_let_go() -> None:
+    engine, late = engine_of(build()), []
+
+    def come_and_go() -> None:
+        late.append(engine.submit(Request(PROMPT, 6)))
+        late[0].cancel()
+
+    class Inbox(deque[Any]):
+        """Somebody comes right after the first look that found nobody."""
+
+        def __bool__(self) -> bool:
+            found = len(self) > 0
+            if not found and not late:
+                come_and_go()
+            return found
+
+    engine._scheduler._inbox = Inbox()
+    other = engine.submit(Request(PROMPT, 6))
+    assert other.wait().reason == "length"
+    assert (late[0].wait().reason, late[0].tokens) == ("cancelled", [])
+    assert empty(engine)
 
 
 def test_who_waits_for_pages_is_served_in_order_and_not_for_ever() -> None:
