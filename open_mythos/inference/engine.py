@@ -330,9 +330,12 @@ class Engine:
         """As :meth:`drive`, where all coroutines of an event loop wait for the same turn in one other thread."""
         loop = asyncio.get_running_loop()
         while not ready():
-            if self._turning is None or self._turning[0] is not loop or self._turning[1].done():
-                self._turning = loop, loop.run_in_executor(self._pool, self.step)
-            if not await asyncio.shield(self._turning[1]):
+            turning, own = self._turning, False
+            if turning is None or turning[0] is not loop or turning[1].done():
+                turning, own = (loop, loop.run_in_executor(self._pool, self.step)), True
+                self._turning = turning
+            # A shared turn may have found nothing to do before what is waited for was submitted.
+            if not await asyncio.shield(turning[1]) and own:
                 return
 
     def cancel(self, handle: Handle) -> None:

@@ -293,6 +293,26 @@ def test_streams_of_one_event_loop_share_turns_and_leaving_one_cancels_it() -> N
     engine.close()
 
 
+def test_a_turn_that_found_nothing_to_do_ends_no_stream_that_began_after_it() -> None:
+    model = build()
+    engine = engine_of(model)
+
+    async def read() -> list[int]:
+        return [token async for token in engine.stream(Request(PROMPT, 7, 3, temperature=0))]
+
+    async def run() -> list[int]:
+        loop = asyncio.get_running_loop()
+        idle: asyncio.Future[bool] = loop.create_future()
+        engine._turning = loop, idle
+        reading = asyncio.ensure_future(read())
+        await asyncio.sleep(0)
+        idle.set_result(False)
+        return await reading
+
+    assert asyncio.run(run()) == alone(model, PROMPT, 7, n_loops=3, temperature=0)
+    engine.close()
+
+
 def test_threads_may_wait_for_the_same_engine() -> None:
     model = build()
     engine, found = engine_of(model, max_rows=3), {}
