@@ -355,8 +355,10 @@ class Engine:
                 )
             while self._driver is not None:
                 self._waiting += 1
-                self._changed.wait()
-                self._waiting -= 1
+                try:
+                    self._changed.wait()
+                finally:
+                    self._waiting -= 1
                 if ready is not None and ready():
                     return True
             self._driver = me
@@ -365,8 +367,8 @@ class Engine:
         finally:
             with self._changed:
                 self._driver = None
+                self._changed.notify_all()  # first, or others would wait for ever should the sweep raise
                 self._scheduler.sweep()
-                self._changed.notify_all()
 
     def _cancel_all(self) -> bool:
         with self._changed:

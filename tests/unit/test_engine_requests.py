@@ -358,6 +358,22 @@ def test_an_interrupt_ends_everything_and_the_engine_goes_on() -> None:
     assert len(engine.generate([PROMPT], 3)[0].tokens) == 3
 
 
+def test_a_thread_that_is_interrupted_while_it_waits_for_a_turn_waits_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_of(build())
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._changed, "wait", interrupt)
+    engine._driver = -1  # another thread
+    with pytest.raises(KeyboardInterrupt):
+        engine.submit(Request(PROMPT, 9)).wait()
+    engine._driver = None
+    assert engine._waiting == 0, "turns would stop after each one for a thread that has gone"
+
+
 def test_a_closed_engine_takes_nothing_in() -> None:
     with engine_of(build()) as engine:
         handle = engine.submit(Request(PROMPT, 9))
