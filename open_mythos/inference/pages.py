@@ -134,6 +134,8 @@ class PagePool:
         host: the same on the host.
     """
 
+    # Whoever cancels frees pages outside of inference mode, which may not touch tensors that were made inside.
+    @torch.inference_mode(False)
     def __init__(
         self,
         cfg: MythosConfig,

@@ -374,6 +374,16 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_a_turn_waits_no_more(
     assert engine._waiting == 0, "turns would stop after each one for a thread that has gone"
 
 
+def test_an_engine_made_in_inference_mode_frees_pages_outside_of_it() -> None:
+    with torch.inference_mode():
+        engine = engine_of(build())
+    handle = engine.submit(Request(PROMPT, 9))
+    engine.step()
+    handle.cancel()
+    assert handle.done
+    assert empty(engine)
+
+
 def test_a_closed_engine_takes_nothing_in() -> None:
     with engine_of(build()) as engine:
         handle = engine.submit(Request(PROMPT, 9))
