@@ -53,8 +53,9 @@ class PagedView(KVCache):
         self.even = min(starts) == self.length
         self._index, first = on_device(rows, device), on_device(starts, device).unsqueeze(1)
         self.positions = first + torch.arange(new, device=device)
-        self._columns = self.length + new
-        self._blocks = -(-self._columns // pool.page_size)
+        # Padding may go past the last page.
+        self.columns = min(self.length + new, pool.blocks * pool.page_size)
+        self._blocks = -(-self.columns // pool.page_size)
         self._block = self.positions // pool.page_size
         self._padding: Tensor | None = None
         if counts is not None and min(counts) < new:
@@ -109,7 +110,7 @@ class PagedView(KVCache):
         if self._padding is not None:
             own = own.masked_fill(self._padding, 0)
         self._pool.scatter(own, self._offset, new)
-        return {name: tensor[:, : self._columns] for name, tensor in self._pool.gather(pages).items()}
+        return {name: tensor[:, : self.columns] for name, tensor in self._pool.gather(pages).items()}
 
     def _layer(self, slot: str) -> int | Tensor:
         part, _, number = slot.partition("_")
@@ -144,7 +145,7 @@ def context(model: OpenMythos, view: PagedView) -> SequenceContext:
     new, past = positions.shape[1], view.length
     mask = None
     if not view.even or (new > 1 and past):
-        columns = torch.arange(past + new, device=positions.device)
+        columns = torch.arange(view.columns, device=positions.device)
         mask = (columns <= positions.unsqueeze(-1)).unsqueeze(1)
     width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
     rope = rope_table(

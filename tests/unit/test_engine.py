@@ -12,6 +12,7 @@ from open_mythos import MythosConfig, OpenMythos
 from open_mythos.inference import exits, scheduler
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.generate import generate
+from open_mythos.inference.runner import Chunk, PlainRunner
 
 LOOPS = 5
 SIZES: dict[str, Any] = {
@@ -111,6 +112,27 @@ def test_requests_of_all_depths_share_a_batch_and_see_nothing_of_it(
             whole = model(ids, DEPTHS[i])[0, len(prompt) - 1 : -1]
         assert (torch.stack(drawn[i]) - whole).abs().max() <= 1e-12
         assert result.tokens == generate(model, prompt[None], 9, DEPTHS[i], 0)[0, len(prompt) :].tolist()
+
+
+def test_prompts_of_one_chunk_may_be_padded_past_the_longest_context() -> None:
+    model = build()
+    refused = []
+
+    class Noting(PlainRunner):
+        def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+            try:
+                return super().prefill(chunk)
+            except Exception as error:
+                refused.append(error)
+                raise
+
+    engine = small(model, prefill_chunk=16, max_context=20, runner=Noting)
+    first, second = some_prompts((18, 8))
+    results = engine.generate([first, second], 2, 3, temperature=0)
+    assert engine.stats.done.chunks == 2, "the end of the first prompt and the second one share a chunk"
+    assert refused == []
+    for prompt, result in zip((first, second), results, strict=True):
+        assert result.tokens == generate(model, prompt[None], 2, 3, 0)[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("name", RULES)
