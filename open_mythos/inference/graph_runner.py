@@ -211,6 +211,7 @@ class GraphRunner(PlainRunner):
         """As :meth:`PlainRunner.coda`; the logits are float32, in a buffer that the next call reuses."""
         if self.reason is not None:
             return super().coda(batch)
+        self._catch_up(batch)
         self._run("coda", batch)
         return self._whole.logits[: len(batch.rows)]
 
@@ -234,9 +235,18 @@ class GraphRunner(PlainRunner):
         return self._whole.logits[: len(batch.rows)]
 
     def _catch_up(self, batch: Batch) -> None:
-        """Read the states of rows whose last loop somebody else has run."""
-        if any(self._next.get(row) != t for row, t in zip(batch.rows, batch.loops, strict=True)):
-            self._run("enter", batch)
+        """Read the states of rows whose last loop somebody else has run, or whose token the modules began."""
+        if all(self._next.get(row) == t for row, t in zip(batch.rows, batch.loops, strict=True)):
+            return
+        # The modules leave these rows' choice for the coda to make.
+        last = [
+            row
+            for row, ruled in zip(batch.rows, batch.ruled, strict=True)
+            if ruled or self.model.cfg.halting == "off"
+        ]
+        self.state.chosen[last] = self.state.h[last]
+        self._run("enter", batch)
+        self._next.update(zip(batch.rows, batch.loops, strict=True))
 
     def round(self, batch: Batch, drafts: int, loops: int) -> Tensor | None:
         """Draft with the likeliest tokens and check, in one graph; see :meth:`PlainRunner.round`."""
@@ -351,13 +361,17 @@ class GraphRunner(PlainRunner):
             torch.cuda.current_stream().wait_stream(self._side)
 
     def _do_enter(self, entries: Entries) -> None:
+        self._do_embed(entries)  # for the rotation; nobody reads z now
         self._ops.enter(entries, self._injection)
+
+    def _do_embed(self, entries: Entries) -> None:
+        model, weight = self.model, self.model.embed.weight
+        scale = model.cfg.dim**0.5 if model.cfg.init == "scaled" else 1.0
+        self._ops.embed(entries, self.state.ids, weight, scale, self._inverse, self._rope, self._z)
 
     def _do_prelude(self, entries: Entries) -> None:
         model, ops = self.model, self._ops
-        scale = model.cfg.dim**0.5 if model.cfg.init == "scaled" else 1.0
-        weight = model.embed.weight
-        ops.embed(entries, self.state.ids, weight, scale, self._inverse, self._rope, self._z)
+        self._do_embed(entries)
         for i, block in enumerate(model.prelude_layers):
             self._dense(entries, block, self.pool.layers.of_prelude(i))
         ops.enter(entries, self._injection, self._z)

@@ -144,6 +144,21 @@ def test_a_row_whose_loop_somebody_else_ran_goes_on_from_its_state() -> None:
     assert apart([mixed.state.h[[0, 2]]], [plain.state.h[[0, 2]]]) < 1e-12
 
 
+@pytest.mark.parametrize("halting", ["select", "off"])
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_the_kernels_end_a_token_that_the_modules_began(attn_type: str, halting: str, done: int) -> None:
+    model, found = build(attn_type, torch.float64, halting=halting), []
+    for runner in (make(model, PlainRows()), make(model, None, plain=True)):
+        PlainRunner.prelude(runner, feed(runner, 0))
+        for t in range(2):
+            work = PlainRunner.loop if t < done else type(runner).loop
+            work(runner, batch_of(0, [t] * 3, [0, 1, 2]))
+        logits = runner.coda(batch_of(0, [2] * 3, [0, 1, 2])).clone()
+        found.append([logits, runner.state.h[list(ROWS)], *(x[1:] for x in runner.pool.tensors.values())])
+    assert apart(*found) < 1e-12
+
+
 class Traced(CompiledRunner):
     """Compiled down to the operators that are there anyway."""
 
