@@ -338,13 +338,15 @@ class GraphRunner(PlainRunner):
         """Compile by running it on entries that are all fill, which does nothing, and capture."""
         kept = table.clone()
         table.fill_(-1)
-        work()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        try:
             work()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory):
+                work()
+        finally:
+            table.copy_(kept)  # also for whoever tries again, who takes these rows for shown
         self._memory = graph.pool()
-        table.copy_(kept)
         self._graphs[key] = graph
         if len(self._graphs) > _GRAPHS:
             self._graphs.popitem(last=False)

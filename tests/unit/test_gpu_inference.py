@@ -159,6 +159,20 @@ def test_the_kernels_end_a_token_that_the_modules_began(attn_type: str, halting:
     assert apart(*found) < 1e-12
 
 
+def test_a_capture_that_fails_leaves_the_rows_shown() -> None:
+    runner: Any = make(build("mla", torch.float64), PlainRows())
+    table = torch.arange(16, dtype=torch.int32).view(4, 4)
+
+    def work() -> None:
+        assert bool((table == -1).all()), "a capture must compute for nobody"
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        runner._capture("loop", work, table)
+    assert table.flatten().tolist() == list(range(16))
+    assert runner._graphs == {}
+
+
 class Traced(CompiledRunner):
     """Compiled down to the operators that are there anyway."""
 
