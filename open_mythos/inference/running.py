@@ -183,9 +183,17 @@ class Running:
 
 @dataclass(frozen=True)
 class Late:
-    """Tokens on their way to the host."""
+    """Tokens on their way to the host.
+
+    Attributes:
+        runs: whose they are.
+        loops: spent by the token before each, under an exit rule; otherwise None.
+        tokens: (n,), on the host once ``event`` has come.
+        event: None: they are there.
+    """
 
     runs: list[Running]
+    loops: list[int | None]
     tokens: Tensor
     event: torch.cuda.Event | None
 

@@ -328,10 +328,9 @@ class Scheduler(Intake):
             tokens = host.copy_(tokens, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._late.append(Late(runs, tokens, event))
+        loops = [run.lanes[0].loops if run.drawn and run.depth.rule is not None else None for run in runs]
+        self._late.append(Late(runs, loops, tokens, event))
         for run in runs:
-            if run.drawn and run.depth.rule is not None:
-                run.handle.state.loops.append(run.lanes[0].loops)
             run.next_token()
             if run.drawn == run.checked.request.max_new_tokens:
                 self._free(run)
@@ -367,9 +366,12 @@ class Scheduler(Intake):
             late = self._late.popleft()
             if late.event is not None:
                 late.event.synchronize()
-            for run, token in zip(late.runs, late.tokens.tolist(), strict=True):
-                if not run.handle.done:
-                    self._hand_out(run, token)
+            for run, loops, token in zip(late.runs, late.loops, late.tokens.tolist(), strict=True):
+                if run.handle.done:
+                    continue
+                if loops is not None:
+                    run.handle.state.loops.append(loops)
+                self._hand_out(run, token)
 
     def _hand_out(self, run: Running, token: int) -> None:
         handle, request = run.handle, run.checked.request

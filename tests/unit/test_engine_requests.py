@@ -20,6 +20,7 @@ from open_mythos.inference.engine import Engine, QueueFull, Request, RequestErro
 from open_mythos.inference.generate import generate
 from open_mythos.inference.pages import Layers
 from open_mythos.inference.runner import PlainRunner
+from open_mythos.inference.running import Late
 
 SIZES: dict[str, Any] = {
     "vocab_size": 19,
@@ -102,6 +103,19 @@ def test_an_answer_ends_with_its_own_eos() -> None:
     assert (ended.tokens, ended.reason) == (whole[: whole.index(stop) + 1], "eos")
     assert (other.tokens, other.reason) == (whole, "length")
     assert empty(engine)
+
+
+def test_what_a_row_computes_before_its_end_is_read_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rule = build(), exits.StateChange(0.3, min_loops=2)
+    whole = alone(model, PROMPT, 12, temperature=0, exit=rule)
+    request = Request(PROMPT, 12, temperature=0, exit=rule, eos_token_id=whole[4])
+    wanted = engine_of(model).submit(request).result()
+    monkeypatch.setattr(Late, "ready", lambda _: False)
+    late = engine_of(model)
+    late._scheduler._lag = 2  # as on a GPU
+    found = late.submit(request).result()
+    assert (found.tokens, found.loops, found.reason) == (wanted.tokens, wanted.loops, "eos")
+    assert late.stats.done.codas > len(found.tokens) - 1, "nothing was computed in vain"
 
 
 @dataclass(frozen=True)
