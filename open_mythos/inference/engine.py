@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -30,7 +31,7 @@ from open_mythos.inference.exit_rules import Rule
 from open_mythos.inference.generate import _whole
 from open_mythos.inference.kernel_runner import KernelRunner
 from open_mythos.inference.pages import Entries, Layers, PagePool
-from open_mythos.inference.requests import Handle, QueueFull, Request, RequestError, Result, check
+from open_mythos.inference.requests import Checked, Handle, QueueFull, Request, RequestError, Result, check
 from open_mythos.inference.runner import PlainRunner, RowState, Runner
 from open_mythos.inference.scheduler import Scheduler, Stats
 from open_mythos.inference.speculative import Draft
@@ -195,7 +196,12 @@ class Engine:
             QueueFull: as many requests wait as may.
             RuntimeError: the engine is closed.
         """
-        checked = check(request, self.model, self.max_loops, self.max_context, self._policy)
+        return self._queue(self._check(request))
+
+    def _check(self, request: Request) -> Checked:
+        return check(request, self.model, self.max_loops, self.max_context, self._policy)
+
+    def _queue(self, checked: Checked) -> Handle:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -253,16 +259,15 @@ class Engine:
         }
         spread = {name: _spread(name, value, len(prompts)) for name, value in fields.items()}
         requests = [
-            Request(prompt, **{name: values[i] for name, values in spread.items()})
+            self._check(Request(prompt, **{name: values[i] for name, values in spread.items()}))
             for i, prompt in enumerate(prompts)
         ]
-        for request in requests:
-            check(request, self.model, self.max_loops, self.max_context, self._policy)
         handles: list[Handle] = []
         try:
-            for request in requests:
+            while len(handles) < len(requests):
                 self.drive(self._scheduler.room)
-                handles.append(self.submit(request))
+                with suppress(QueueFull):  # another thread may take the room
+                    handles.append(self._queue(requests[len(handles)]))
             for handle in handles:
                 handle.wait()
         except BaseException:

@@ -86,7 +86,8 @@ def test_without_a_seed_torchs_own_generator_decides() -> None:
     torch.manual_seed(3)
     first = engine.generate([PROMPT, PROMPT], 8)
     torch.manual_seed(3)
-    assert [r.tokens for r in engine.generate([PROMPT, PROMPT], 8)] == [r.tokens for r in first]
+    one_by_one = [engine.submit(Request(PROMPT, 8)) for _ in range(2)]
+    assert [handle.result().tokens for handle in one_by_one] == [r.tokens for r in first]
     assert first[0].tokens != first[1].tokens
     assert [r.tokens for r in engine.generate([PROMPT, PROMPT], 8)] != [r.tokens for r in first]
 
@@ -278,6 +279,22 @@ def test_the_queue_is_bounded_and_generate_waits_for_room() -> None:
         engine.submit(Request(PROMPT, 3))
     assert len(engine.generate([PROMPT] * 5, 2)) == 5
     assert all(handle.done for handle in handles)
+
+
+def test_generate_waits_where_another_thread_was_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, others = engine_of(build(), max_rows=1, queue=2), []
+    room = engine._scheduler.room
+
+    def taken() -> bool:
+        """Others fill the queue right after the look that found room."""
+        found = room()
+        while found and room() and len(others) < 4:
+            others.append(engine.submit(Request(PROMPT, 2)))
+        return found
+
+    monkeypatch.setattr(engine._scheduler, "room", taken)
+    assert [result.reason for result in engine.generate([PROMPT] * 3, 2)] == ["length"] * 3
+    assert len(others) == 4
 
 
 def test_streams_of_one_event_loop_share_turns_and_leaving_one_cancels_it() -> None:
