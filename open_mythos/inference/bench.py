@@ -48,7 +48,7 @@ def measure(
         tell: called with a short phrase before each round.
 
     Returns:
-        JSON-ready: ``loops``, ``setting`` in words, and ``figures``, each with ``work``, its medians
+        JSON-ready: ``loops``, ``setting`` and ``runner`` in words, and ``figures``, each with ``work``, its medians
         ``tokens_per_s`` and ``seconds``, and the ``range`` of the first over the rounds.
 
     Raises:
@@ -129,8 +129,13 @@ class _Bed:
         with Engine(
             self.model, max_rows=rows, max_context=context, max_loops=max(depths), entries=self.entries
         ) as engine:
-            self.runner = type(engine.runner).__name__
+            reason = getattr(engine.runner, "reason", None)
+            modules = f", by the modules, since {reason}" if reason else ""
+            self.runner = type(engine.runner).__name__ + modules
             prompts = self._prompts(len(depths))
+            if self.model.embed.weight.is_cuda:
+                # Graphs are captured when they are first used, which is no part of the work.
+                engine.generate(prompts, new, depths, temperature=0)
             start = time.perf_counter()
             results = engine.generate(prompts, new, depths, temperature=0)
             seconds = time.perf_counter() - start  # tokens are read on the host, so a GPU is done
