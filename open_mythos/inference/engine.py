@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -144,7 +144,8 @@ class Engine:
             entries=entries,
         )
         self.model, self._policy = model, policy
-        self.runner: Runner = make(model, self.pool, RowState(model, max_rows))
+        with self._on_device():
+            self.runner: Runner = make(model, self.pool, RowState(model, max_rows))
         self._scheduler = Scheduler(
             model,
             self.pool,
@@ -381,11 +382,16 @@ class Engine:
         self._scheduler.cancel_all()
         return False
 
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Kernels, streams and events take the thread's current GPU, which need not be the model's."""
+        device = self.model.embed.weight.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
     def _turns(self, ready: Callable[[], bool]) -> bool:
         """Turns until it is ready or other threads want to look; False when there is nothing to do."""
         scheduler = self._scheduler
         try:
-            with evaluating(self.model), torch.inference_mode():
+            with self._on_device(), evaluating(self.model), torch.inference_mode():
                 self.runner.refresh()
                 while not scheduler.idle:
                     scheduler.turn()

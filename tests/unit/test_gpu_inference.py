@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from open_mythos import MythosConfig, OpenMythos, kernels_gpu, ops
 from open_mythos.inference.compiled_runner import CompiledRunner
+from open_mythos.inference.engine import Engine
+from open_mythos.inference.generate import generate
 from open_mythos.inference.graph_runner import GraphRunner, unserved
 from open_mythos.inference.pages import Layers, PagePool
 from open_mythos.inference.requests import Depth
@@ -310,6 +312,18 @@ def test_the_gate_of_a_prompt_is_its_reference(shape: tuple[int, ...]) -> None:
         assert apart([ops.gate(x, w)], [ops.gate_reference(x.double(), w)]) < 1e-6
         low = None if w is None else w.bfloat16()
         assert apart([ops.gate(x.bfloat16(), low)], [ops.gate_reference(x, w)]) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_engine_computes_where_its_model_is() -> None:
+    model = build("mla", torch.float32, "cuda:1")
+    with Engine(model, max_rows=2) as engine:
+        result = engine.generate([[1, 2, 3]], 4, 3, 0)[0]
+        assert isinstance(engine.runner, GraphRunner)
+        assert engine.runner.reason is None
+    ids = torch.tensor([[1, 2, 3]], device="cuda:1")
+    assert result.tokens == generate(model, ids, 4, 3, 0)[0, 3:].tolist()
 
 
 @pytest.mark.gpu
