@@ -176,11 +176,6 @@ class PagePool:
         return len(self._free)
 
     @property
-    def used(self) -> int:
-        """Pages that somebody holds."""
-        return self.capacity - len(self._free)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all pages."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
@@ -225,10 +220,6 @@ class PagePool:
         for other in others:
             self.host[other] = self.host[row]
             self._show(other)
-
-    def held(self, row: int) -> int:
-        """Pages that a row holds."""
-        return len(self._held.get(row, ()))
 
     def _show(self, row: int) -> None:
         if self.table is not self.host:
