@@ -109,6 +109,14 @@ class _Bed:
     entries: Entries | None
     runner: str = ""
 
+    def __post_init__(self) -> None:
+        tokens, most = self.prompt + self.new - 1, self.model.cfg.max_seq_len
+        if tokens > most:
+            raise ValueError(
+                f"prompt = {self.prompt} and new = {self.new} are not allowed together: {tokens} tokens would be "
+                f"cached, more than max_seq_len = {most}"
+            )
+
     def prefill(self, batch: int) -> tuple[int, float]:
         """Tokens of prompts, and seconds."""
         _, seconds = self._run(batch, [self.loops] * batch, 1)

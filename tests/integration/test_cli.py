@@ -375,6 +375,7 @@ def test_demo_tells_which_run_failed(mythos, tmp_path: Path, monkeypatch: pytest
         (["bench", "mythos_nano", "--batch", "0"], "batch = '0' is not allowed"),
         (["bench", "mythos_nano", "--dtype", "int4"], "dtype = 'int4' is not allowed"),
         (["bench", "mythos_nano", "--new-tokens", "1"], "--new-tokens"),
+        (["bench", "{text}", "--prompt-tokens", "9999"], "prompt = 9999 and new = 32 are not allowed together"),
         (["eval", "{tmp}"], "is not a run directory"),
         (["eval", "{task}", "--loops", "1,two"], "loops = '1,two' is not allowed"),
         (["eval", "{task}", "--loops", "0"], "loops = '0' is not allowed"),
