@@ -117,15 +117,18 @@ class Intake:
 
     def fail_all(self, error: Exception) -> None:
         """End everything."""
-        self.sweep()
-        for run in list(self._running):
-            self._end(run, "failed", error)
-        for late in self._late:
-            for run in late.runs:
-                self._close(run.handle, "failed", error)
-        while self._waiting:
-            self._close(self._waiting.popleft(), "failed", error)
+        while self._inbox:
+            self._waiting.append(self._inbox.popleft())
+        runs = self._running + [run for late in self._late for run in late.runs]
+        # Before anything is freed, which fails as well where the device has.
+        for handle in [*(run.handle for run in runs), *self._waiting]:
+            if handle.cancelled:
+                self._close(handle, "cancelled")
+            self._close(handle, "failed", error)
+        self._waiting.clear()
         self._late.clear()
+        for run in list(self._running):
+            self._free(run)
 
     def _layers(self, checked: Checked) -> list[int]:
         return self.pool.layers.needed(checked.depth.most, checked.depth.probes)
@@ -135,8 +138,10 @@ class Intake:
 
     def _end(self, run: Running, reason: Reason, error: Exception | None = None) -> None:
         """Free the row, and close the request."""
-        self._free(run)
-        self._close(run.handle, reason, error)
+        try:
+            self._free(run)
+        finally:
+            self._close(run.handle, reason, error)
 
     def _free(self, run: Running) -> None:
         if run in self._running:

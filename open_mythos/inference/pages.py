@@ -210,10 +210,10 @@ class PagePool:
         pages = self._held.pop(row, [])
         if not pages:
             return
-        self.clear(on_device(pages, self.table.device))
-        self._free.extend(reversed(pages))
+        self._free.extend(reversed(pages))  # first, so that none is lost where the device fails
         self.host[row] = 0
         self._show(row)
+        self.clear(on_device(pages, self.table.device))
 
     def share(self, row: int, others: Sequence[int]) -> None:
         """Let other rows, which hold nothing themselves, read and write a row's pages, until it is released."""

@@ -389,6 +389,21 @@ def test_an_interrupt_ends_everything_and_the_engine_goes_on() -> None:
     assert len(engine.generate([PROMPT], 3)[0].tokens) == 3
 
 
+def test_a_device_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(build())
+    handles = [engine.submit(Request(PROMPT, new)) for new in (3, 9, 9)]
+    engine.step()
+
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine.pool, "clear", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        handles[1].wait()
+    assert [handle.state.reason for handle in handles] == ["failed"] * 3
+    assert empty(engine)
+
+
 def test_a_thread_that_is_interrupted_while_it_waits_for_a_turn_waits_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
