@@ -200,7 +200,9 @@ class Engine:
         return self._queue(self._check(request))
 
     def _check(self, request: Request) -> Checked:
-        return check(request, self.model, self.max_loops, self.max_context, self._policy)
+        checked = check(request, self.model, self.max_loops, self.max_context, self._policy)
+        self._scheduler.check(checked)
+        return checked
 
     def _queue(self, checked: Checked) -> Handle:
         with self._changed:

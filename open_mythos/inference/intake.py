@@ -40,14 +40,13 @@ class Intake:
         self._late: deque[Late] = deque()
         self._chunks = 0  # of prompts, so far
 
-    def submit(self, handle: Handle) -> None:
-        """Queue a request.
+    def check(self, checked: Checked) -> None:
+        """Refuse what would never fit.
 
         Raises:
-            QueueFull: as many wait as may.
-            ValueError: it would never fit.
+            ValueError: it takes more pages or rows than there are.
         """
-        need, checked = self._pages(handle.checked), handle.checked
+        need = self._pages(checked)
         if need > self.pool.capacity:
             raise ValueError(
                 f"the request needs {need} pages of {self.pool.page_size} tokens ({checked.cached} tokens, "
@@ -58,6 +57,13 @@ class Intake:
             raise ValueError(
                 f"Draft.tokens = {lanes - 1} is not allowed: it takes {lanes} rows, and max_rows = {self._count}"
             )
+
+    def submit(self, handle: Handle) -> None:
+        """Queue a request, which has been checked.
+
+        Raises:
+            QueueFull: as many wait as may.
+        """
         if self.waiting >= self._queue:
             raise QueueFull(f"{self.waiting} requests wait already: try again when some have finished")
         self._inbox.append(handle)

@@ -297,6 +297,14 @@ def test_generate_waits_where_another_thread_was_quicker(monkeypatch: pytest.Mon
     assert len(others) == 4
 
 
+def test_generate_runs_nothing_where_one_prompt_would_never_fit() -> None:
+    engine = engine_of(build(), max_rows=1, queue=1, cache_bytes=2**16)
+    with pytest.raises(ValueError, match="raise cache_bytes"):
+        engine.generate([PROMPT, PROMPT, PROMPT], [2, 2, 36], [1, 1, 64])
+    assert engine.stats.done.prompt_tokens == 0
+    assert empty(engine)
+
+
 def test_streams_of_one_event_loop_share_turns_and_leaving_one_cancels_it() -> None:
     model = build()
     engine = engine_of(model, max_rows=3)
