@@ -125,6 +125,7 @@ def _engine_options(network: OpenMythos, requests: list[Request], cache: str | N
     draft = requests[0].speculate
     lanes = 1 if draft is None else draft.tokens + 1
     options["max_rows"] = max(lanes, min(64, lanes * len(requests)))
+    options["queue"] = len(requests)
     return options | ({} if cache is None else {"entries": Int8Entries()})
 
 
@@ -139,13 +140,15 @@ def _coded(network: OpenMythos, weights: str | None) -> OpenMythos:
 
 
 def _report(results: list[Result], requests: list[Request], network: OpenMythos) -> None:
+    from open_mythos.inference.requests import Depth
+
     for result, request in zip(results, requests, strict=True):
         most = request.n_loops or network.cfg.max_loop_iters
         line = f"{len(result.tokens)} tokens"
         if result.loops:
             line += f", {sum(result.loops) / len(result.loops):.2f} loops each, of {most}"
-        elif request.exit is None:
-            line += f", {most} loops each"
+        elif (depth := Depth.of(most, request.exit)).rule is None:
+            line += f", {depth.most} loops each"
         print(line, file=sys.stderr)
 
 

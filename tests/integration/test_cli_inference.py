@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_mythos import ByteTokenizer, MythosConfig, OpenMythos, cli, save_pretrained
-from open_mythos.cli.inference import exit_rule
+from open_mythos import ByteTokenizer, MythosConfig, OpenMythos, cli, from_pretrained, save_pretrained
+from open_mythos.cli.inference import _engine_options, exit_rule
 from open_mythos.inference import exits
+from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.generate import generate
 
 LOOPS = 4
@@ -40,8 +41,6 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[str, str]:
 
 def continued(folder: Path, prompt: str, **settings: object) -> str:
     """What the simple path gives."""
-    from open_mythos import from_pretrained
-
     tokenizer = ByteTokenizer()
     ids = torch.tensor([tokenizer.encode(prompt)])
     return prompt + tokenizer.decode(
@@ -82,6 +81,14 @@ def test_a_report_tells_the_loops_of_an_exit_rule(saved: Path, capsys: pytest.Ca
     args = ("generate", saved, "--prompt", "Once", "--max-new-tokens", 6, "--exit", "state:100", "--report")
     _, err = run(capsys, *args)
     assert err == f"6 tokens, 1.00 loops each, of {LOOPS}\n"
+    _, err = run(capsys, *args[:-3], "--exit", "fixed:3", "--report")
+    assert err == "6 tokens, 3 loops each\n"
+
+
+def test_any_number_of_prompts_may_wait(saved: Path) -> None:
+    network, requests = from_pretrained(saved), [Request([1], 2)] * 1100
+    with Engine(network, **_engine_options(network, requests, None)) as engine:
+        assert len([engine.submit(request) for request in requests]) == 1100
 
 
 def test_fewer_bits_are_asked_for_by_name(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
