@@ -54,6 +54,7 @@ class Stats:
         checks: drafts that were checked.
         drafted: tokens that they held.
         kept: those that the full depth agreed with.
+        retried: calls for several rows that raised, so that each row was tried alone.
         finished: requests that came to their end, by reason.
     """
 
@@ -66,6 +67,7 @@ class Stats:
     checks: int = 0
     drafted: int = 0
     kept: int = 0
+    retried: int = 0
     finished: dict[str, int] = field(default_factory=dict)
 
 

@@ -405,6 +405,7 @@ class Scheduler(Intake):
                 if len(group) == 1:
                     self._end(group[0].run, "failed", error)
                 else:
+                    self.stats.retried += 1
                     todo += [[lane] for lane in group]
         return done
 

@@ -189,6 +189,7 @@ def test_logits_that_are_not_finite_and_a_batch_that_raises_cost_one_request() -
         assert result.reason == ("failed" if bad else "length")
         reasons |= {*bad[:1], result.reason}
     assert reasons == {13, 17, "failed", "length"}
+    assert engine.stats.done.retried > 0
     assert empty(engine)
     assert all(bool((tensor[1:] == 0).all()) for tensor in engine.pool.tensors.values())
 
