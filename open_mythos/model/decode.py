@@ -23,12 +23,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from open_mythos import kernels
 from open_mythos.config import MythosConfig
 from open_mythos.model.attention import GQAttention, MLAttention, SequenceContext
+from open_mythos.model.blocks import RecurrentBlock, TransformerBlock
 from open_mythos.model.cache import KVCache
 from open_mythos.model.coded import Coded, CodedExperts, CodedLinear
 from open_mythos.model.layers import Expert, RMSNorm, rope_table
 from open_mythos.model.moe import MoEFFN
 from open_mythos.model.recurrence import ACTHalting, HaltingWeights, LoRAAdapter, LTIInjection
-from open_mythos.model.transformer import OpenMythos, RecurrentBlock, TransformerBlock
+from open_mythos.model.transformer import OpenMythos
 from open_mythos.model.watch import Watch
 
 __all__ = ["Decoder", "changed_call", "decode"]
