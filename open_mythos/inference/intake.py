@@ -165,14 +165,18 @@ class Intake:
     def admit(self) -> None:
         """First come, first served: who does not fit yet keeps those behind waiting, so that nobody starves."""
         while self._waiting and self._free_rows:
-            checked = self._waiting[0].checked
+            handle = self._waiting[0]
+            checked = handle.checked
             lanes = lanes_of(checked)
             if len(self._free_rows) < lanes or self._pages(checked) > self.pool.free:
                 return
+            sampler = Sampler(
+                checked, handle.number, self._device
+            )  # may raise: it still waits then, and holds nothing
             rows, self._free_rows = self._free_rows[:lanes], self._free_rows[lanes:]
             self.pool.take(rows[0], self._layers(checked), checked.cached)
             self.pool.share(rows[0], rows[1:])
-            handle = self._waiting.popleft()
-            run = Running(handle, rows, Sampler(checked, handle.number, self._device))
+            self._waiting.popleft()
+            run = Running(handle, rows, sampler)
             run.served = self._chunks
             insort(self._running, run, key=lambda run: run.row)

@@ -413,6 +413,20 @@ def test_a_device_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPat
     assert empty(engine)
 
 
+def test_a_sampler_that_cannot_be_made_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(build())
+    handles = [engine.submit(Request(PROMPT, new)) for new in (3, 9)]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no room for a generator")
+
+    monkeypatch.setattr("open_mythos.inference.intake.Sampler", fail)
+    with pytest.raises(RuntimeError, match="no room for a generator"):
+        handles[1].wait()
+    assert [handle.state.reason for handle in handles] == ["failed"] * 2
+    assert empty(engine)
+
+
 def test_a_thread_that_is_interrupted_while_it_waits_for_a_turn_waits_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
