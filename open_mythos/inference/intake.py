@@ -170,9 +170,8 @@ class Intake:
             lanes = lanes_of(checked)
             if len(self._free_rows) < lanes or self._pages(checked) > self.pool.free:
                 return
-            sampler = Sampler(
-                checked, handle.number, self._device
-            )  # may raise: it still waits then, and holds nothing
+            # Before anything is taken: where it raises, the request still waits and holds nothing.
+            sampler = Sampler(checked, handle.number, self._device)
             rows, self._free_rows = self._free_rows[:lanes], self._free_rows[lanes:]
             self.pool.take(rows[0], self._layers(checked), checked.cached)
             self.pool.share(rows[0], rows[1:])
