@@ -120,7 +120,8 @@ def route(
     kept = tl.full((BLOCK_M, KEPT), -float("inf"), tl.float32)
     ids = tl.zeros((BLOCK_M, KEPT), tl.int32)
     for j in range(k):
-        best = tl.argmax(scores, 1)
+        # Of logits that are NaN it may be any column, but there is no expert beyond the last.
+        best = tl.minimum(tl.argmax(scores, 1), E - 1)
         mine = expert[None, :] == best[:, None]
         value = tl.sum(tl.where(mine, logits, 0.0), 1)
         kept = tl.where(place[None, :] == j, value[:, None], kept)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +23,7 @@ from open_mythos.inference.graph_runner import GraphRunner, unserved
 from open_mythos.inference.pages import Layers, PagePool
 from open_mythos.inference.requests import Depth
 from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
-from open_mythos.rows.launch import TritonRows
+from open_mythos.rows.launch import TritonRows, _tuning
 from open_mythos.rows.plain import PlainRows
 
 ATTENTION = ("mla", "gqa")
@@ -131,6 +137,42 @@ def test_a_whole_token_is_its_parts(attn_type: str) -> None:
     rest = runners[1].rest(batch_of(0, [1], [0]))
     assert rest is not None
     assert torch.equal(rest, parts)
+
+
+class Interpreted(TritonRows, PlainRows):
+    """The kernels themselves, without graphs, in small tiles: the interpreter takes a while for each."""
+
+    def __init__(self) -> None:
+        small = ("BLOCK_N", "BLOCK_K", "BLOCK_R", "BLOCK_C", "BLOCK_V")
+        tuning = {name: options | dict.fromkeys(small & options.keys(), 16) for name, options in _tuning().items()}
+        tuning["attend"]["SPLITS"] = 4
+        super().__init__(tuning=tuning)
+
+
+def interpreted(attn_type: str, changes: str) -> float:
+    """How far the kernels are from the modules, on the CPU. TRITON_INTERPRET has to be set before Triton is imported."""
+    model = build(attn_type, torch.float32, **CHANGES[changes])
+    return apart(decode(make(model, Interpreted()), 1), decode(make(model, None, plain=True), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs kernels on the CPU")
+@pytest.mark.skipif(
+    tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4),
+    reason="Triton's interpreter takes arrays of one element for numbers, which numpy 2.4 no longer does",
+)
+@pytest.mark.parametrize(("attn_type", "changes"), [("mla", "default"), ("gqa", "norms"), ("mla", "bare")])
+def test_the_kernels_are_the_modules_where_triton_interprets_them(attn_type: str, changes: str) -> None:
+    code = f"import {Path(__file__).stem} as t, torch; torch.set_grad_enabled(False)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(t.interpreted({attn_type!r}, {changes!r}))"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout) < 1e-5
 
 
 def test_a_row_whose_loop_somebody_else_ran_goes_on_from_its_state() -> None:
@@ -287,6 +329,23 @@ def test_the_kernels_are_the_plain_operations(attn_type: str, changes: str) -> N
     low = build(attn_type, torch.bfloat16, "cuda", n_experts_per_tok=6)  # a choice may fall either way
     exact = decode(make(build(attn_type, torch.float64, n_experts_per_tok=6), PlainRows()))
     assert apart(decode(make(low, None)), exact) < 0.05
+
+
+@pytest.mark.gpu
+def test_a_row_of_nan_fails_alone() -> None:
+    """Its logits order no expert before another, and none is asked for that does not exist."""
+    model = build("mla", torch.float32, "cuda")
+    runners = [make(model, None) for _ in range(2)]
+    for runner in runners:
+        runner.prelude(feed(runner, 0))
+    runners[0].state.h[ROWS[1]] = float("nan")
+    for t in range(3):
+        for runner in runners:
+            runner.loop(batch_of(0, [t] * 3, [0, 1, 2]))
+    broken, whole = (runner.coda(batch_of(0, [3] * 3, [0, 1, 2])) for runner in runners)
+    torch.cuda.synchronize()
+    assert broken[1].isnan().all()
+    assert torch.equal(broken[[0, 2]], whole[[0, 2]])
 
 
 @pytest.mark.gpu
