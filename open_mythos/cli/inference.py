@@ -14,7 +14,9 @@ from open_mythos.cli.targets import loop_counts, model_folder, resolve, run_reco
 from open_mythos.config import ConfigError
 
 if TYPE_CHECKING:
-    from open_mythos.inference.engine import Request, Result
+    import torch
+
+    from open_mythos.inference.engine import Handle, Request, Result
     from open_mythos.inference.exit_rules import Rule
     from open_mythos.inference.speculative import Draft
     from open_mythos.model import OpenMythos
@@ -22,8 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "generate"]
 
-_WEIGHTS = typer.Option(help="Keep weights as int8 or bfloat16: smaller, faster on the CPU, not exact.")
+_WEIGHTS = typer.Option(
+    help="Keep weights as int8 or bfloat16: smaller, faster on the CPU, slower on a GPU; not exact."
+)
 _CACHE = typer.Option(help="Keep the cache as int8: smaller, not exact.")
+_DEVICE = typer.Option(help="cpu or cuda; cuda where there is a GPU.")
+_DTYPE = typer.Option(help="float32 or bfloat16; bfloat16 on a GPU, else as saved.")
 
 
 def generate(
@@ -52,6 +58,8 @@ def generate(
     ] = None,
     weights: Annotated[str | None, _WEIGHTS] = None,
     cache: Annotated[str | None, _CACHE] = None,
+    device: Annotated[str | None, _DEVICE] = None,
+    dtype: Annotated[str | None, _DTYPE] = None,
     report: Annotated[bool, typer.Option("--report", help="Afterwards say which loops were spent.")] = False,
 ) -> None:
     """Continue texts. One is shown piece by piece as it is produced."""
@@ -60,10 +68,12 @@ def generate(
         raise ConfigError("prompt = '' is not allowed: it must hold at least one character")
     rule = None if exit is None else exit_rule(exit)
     draft = None if speculate is None else _draft(speculate)
+    _check_bits(weights, cache)
+    where, kind = _place(device, dtype)
     from open_mythos.inference.engine import Engine, Request
     from open_mythos.weights import from_pretrained
 
-    network = from_pretrained(folder)
+    network = _ready(from_pretrained(folder, dtype=kind), where, weights)
     tokenizer = _tokenizer(model, network)
     requests = [
         Request(
@@ -80,14 +90,9 @@ def generate(
         for i, text in enumerate(prompt)
     ]
     options = _engine_options(network, requests, cache)
-    with Engine(_coded(network, weights), **options) as engine:
+    with Engine(network, **options) as engine:
         handles = [engine.submit(request) for request in requests]
-        for i, (text, handle) in enumerate(zip(prompt, handles, strict=True)):
-            sys.stdout.write("\n" * (i > 0) + text)
-            for piece in _pieces(tokenizer, handle):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            sys.stdout.write("\n")
+        _show(prompt, handles, tokenizer)
         if report:
             _report([handle.result() for handle in handles], requests, network)
 
@@ -114,8 +119,6 @@ def _ids(text: str, network: OpenMythos, tokenizer: MythosTokenizer) -> list[int
 
 def _engine_options(network: OpenMythos, requests: list[Request], cache: str | None) -> dict[str, Any]:
     """Rows for all, up to 64, and no larger a cache than they need."""
-    if cache not in (None, "int8"):
-        raise ConfigError(f"cache = {cache!r} is not allowed: it must be 'int8'")
     from open_mythos.inference.quantise import Int8Entries
 
     longest = max(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
@@ -129,14 +132,56 @@ def _engine_options(network: OpenMythos, requests: list[Request], cache: str | N
     return options | ({} if cache is None else {"entries": Int8Entries()})
 
 
-def _coded(network: OpenMythos, weights: str | None) -> OpenMythos:
-    if weights is None:
-        return network
-    if weights not in ("int8", "bfloat16"):
-        raise ConfigError(f"weights = {weights!r} is not allowed: it must be 'int8' or 'bfloat16'")
-    from open_mythos.inference.quantise import quantise
+def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype | None]:
+    """Where to compute, and in what; None: in the dtype of the weights as they are.
 
-    return quantise(network, weights)  # type: ignore[arg-type]
+    Raises:
+        ConfigError: there is no such device here, or the dtype is another one.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"dtype = {dtype!r} is not allowed: it must be 'float32' or 'bfloat16'")
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cpu", *["cuda"] * (count > 0), *(f"cuda:{i}" for i in range(count))]
+    if device not in (None, *known):
+        why = "" if count else ", since torch sees no GPU"
+        raise ConfigError(
+            f"device = {device!r} is not allowed: it must be {' or '.join(map(repr, known))}{why}"
+        )
+    where = torch.device(device or ("cuda" if count else "cpu"))
+    if dtype is None:
+        return where, torch.bfloat16 if where.type == "cuda" else None
+    return where, torch.float32 if dtype == "float32" else torch.bfloat16
+
+
+def _check_bits(weights: str | None, cache: str | None) -> None:
+    if weights not in (None, "int8", "bfloat16"):
+        raise ConfigError(f"weights = {weights!r} is not allowed: it must be 'int8' or 'bfloat16'")
+    if cache not in (None, "int8"):
+        raise ConfigError(f"cache = {cache!r} is not allowed: it must be 'int8'")
+
+
+def _ready(network: OpenMythos, where: torch.device, weights: str | None) -> OpenMythos:
+    """The network in eval mode where it is to compute, perhaps in fewer bits.
+
+    Raises:
+        ConfigError: the weights are bfloat16 already and should be kept as that.
+    """
+    import torch
+
+    network = network.eval().requires_grad_(False)
+    if weights is not None:
+        if weights == "bfloat16" and network.embed.weight.dtype == torch.bfloat16:
+            raise ConfigError(
+                "weights = 'bfloat16' is not allowed with dtype = 'bfloat16', in which all weights are so already: "
+                "leave it out, or give --dtype float32"
+            )
+        from open_mythos.inference.quantise import quantise
+
+        # Before it is moved: a GPU then need never hold what is being coded.
+        network = quantise(network, weights)  # type: ignore[arg-type]
+    return network.to(where)
 
 
 def _report(results: list[Result], requests: list[Request], network: OpenMythos) -> None:
@@ -150,6 +195,15 @@ def _report(results: list[Result], requests: list[Request], network: OpenMythos)
         elif (depth := Depth.of(most, request.exit)).rule is None:
             line += f", {depth.most} loops each"
         print(line, file=sys.stderr)
+
+
+def _show(prompts: list[str], handles: list[Handle], tokenizer: MythosTokenizer) -> None:
+    for i, (text, handle) in enumerate(zip(prompts, handles, strict=True)):
+        sys.stdout.write("\n" * (i > 0) + text)
+        for piece in _pieces(tokenizer, handle):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
 
 
 def _pieces(tokenizer: MythosTokenizer, tokens: Iterable[int]) -> Iterator[str]:
@@ -231,15 +285,15 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each figure.")] = 3,
     weights: Annotated[str | None, _WEIGHTS] = None,
     cache: Annotated[str | None, _CACHE] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
+    device: Annotated[str | None, _DEVICE] = None,
+    dtype: Annotated[str | None, _DTYPE] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure the engine: prefill, decode at batch sizes, and requests of mixed depths."""
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ConfigError(f"dtype = {dtype!r} is not allowed: it must be 'float32' or 'bfloat16'")
     sizes = loop_counts("batch", batch)
+    _check_bits(weights, cache)
     cfg, folder = resolve(target)
+    where, kind = _place(device, dtype)
     import torch
 
     from open_mythos.inference.bench import measure
@@ -248,15 +302,10 @@ def bench(
     from open_mythos.tables import new_table, show
     from open_mythos.weights import from_pretrained
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
     torch.manual_seed(0)
-    network = OpenMythos(cfg) if folder is None else from_pretrained(folder)
-    network = _coded(network.to(where, kind).eval().requires_grad_(False), weights)
-    if cache not in (None, "int8"):
-        raise ConfigError(f"cache = {cache!r} is not allowed: it must be 'int8'")
+    network = OpenMythos(cfg).to(dtype=kind) if folder is None else from_pretrained(folder, dtype=kind)
     found = measure(
-        network,
+        _ready(network, where, weights),
         batches=sizes,
         prompt=prompt_tokens,
         new=new_tokens,
@@ -271,6 +320,7 @@ def bench(
         low, high = row["range"]
         table.add_row(row["work"], f"{row['tokens_per_s']:,.1f}", f"{low:,.1f} to {high:,.1f}")
     show(table)
+    print(f"computed by {found['runner']}")
     if out is not None:
         out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(out)

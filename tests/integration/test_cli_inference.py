@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from open_mythos import ByteTokenizer, MythosConfig, OpenMythos, cli, from_pretrained, save_pretrained
-from open_mythos.cli.inference import _engine_options, exit_rule
+from open_mythos.cli.inference import _engine_options, _place, exit_rule
+from open_mythos.config import ConfigError
 from open_mythos.inference import exits
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.generate import generate
 
 LOOPS = 4
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simple path, with which texts are compared, computes on the CPU."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +105,64 @@ def test_fewer_bits_are_asked_for_by_name(saved: Path, capsys: pytest.CaptureFix
     for flags in (("--weights", "int8"), ("--weights", "bfloat16"), ("--cache", "int8")):
         out, _ = run(capsys, *args, *flags)
         assert out.startswith("Once")
+
+
+def test_device_and_dtype_are_asked_for_by_name(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("generate", saved, "--prompt", "Once", "--max-new-tokens", 12, "--temperature", 0)
+    same, _ = run(capsys, *args, "--device", "cpu", "--dtype", "float32")
+    assert same == run(capsys, *args)[0]
+    ids = torch.tensor([ByteTokenizer().encode("Once")])
+    network = from_pretrained(saved, dtype=torch.bfloat16)
+    other, _ = run(capsys, *args, "--dtype", "bfloat16")
+    added = generate(network, ids, 12, temperature=0)[0, ids.shape[1] :]
+    assert other == "Once" + ByteTokenizer().decode(added.tolist()) + "\n"
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_a_gpu_is_taken_where_there_is_one(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    cpu, half = torch.device("cpu"), torch.bfloat16
+    assert _place(None, None) == ((torch.device("cuda"), half) if gpus else (cpu, None))
+    assert _place("cpu", None) == (cpu, None)
+    assert _place("cpu", "bfloat16") == (cpu, half)
+    names = ["cpu", "cuda", "cuda:0", "cuda:1"][: gpus + 1 + (gpus > 0)]
+    assert [_place(name, "float32") for name in names] == [
+        (torch.device(name), torch.float32) for name in names
+    ]
+    for name in ("gpu", "", "mps", "cuda:", f"cuda:{gpus}", *["cuda"] * (not gpus)):
+        why = "" if gpus else ", since torch sees no GPU"
+        allowed = f"it must be {' or '.join(map(repr, names))}{why}"
+        with pytest.raises(
+            ConfigError, match=f"^{re.escape(f'device = {name!r} is not allowed: {allowed}')}$"
+        ):
+            _place(name, None)
+
+
+def test_weights_that_are_bfloat16_already_are_refused(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--weights", "bfloat16", "--dtype", "bfloat16")
+    for command in (("generate", saved, "--prompt", "Once"), ("bench", saved)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(arg) for arg in (*command, *args)])
+        assert stop.value.code == 2
+        assert "weights = 'bfloat16' is not allowed with dtype = 'bfloat16'" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "weights", [(), ("--weights", "int8"), ("--weights", "bfloat16", "--dtype", "float32")]
+)
+def test_text_and_figures_of_a_gpu(
+    saved: Path, weights: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = run(capsys, "generate", saved, "--prompt", "Once", "--max-new-tokens", 6, *weights)
+    assert out.startswith("Once")
+    sizes = ("--batch", "1", "--prompt-tokens", 5, "--new-tokens", 3, "--rounds", 1)
+    out, _ = run(capsys, "bench", saved, *sizes, *weights)
+    assert "computed by GraphRunner" in out
+    assert ("by the modules" in out) == bool(weights)
 
 
 @pytest.mark.parametrize(
