@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 UPSTREAM = "open-mythos==0.5.0"
 UPSTREAM_HASH = "sha256:5498d64acc8a8098ffdb067b0872be045448c157a89c3acda5db5896f4d0f686"
@@ -47,6 +50,32 @@ def _prepared_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
 def root() -> Path:
     """The repository."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """That many threads for operators and kernels of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
+    """Logits that each request's tokens are drawn from in an engine, by the number of the request's sampler."""
+    from open_mythos.inference import scheduler
+
+    seen: dict[int, list[Tensor]] = {}
+    plain = scheduler.draw
+
+    def draw(samplers: Any, logits: Tensor) -> Tensor:
+        for sampler, row in zip(samplers, logits, strict=True):
+            seen.setdefault(sampler.number, []).append(row.clone())
+        return plain(samplers, logits)
+
+    monkeypatch.setattr(scheduler, "draw", draw)
+    return seen
 
 
 @pytest.fixture(scope="session")

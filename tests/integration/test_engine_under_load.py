@@ -14,33 +14,15 @@ import torch
 from torch import Tensor
 
 from open_mythos import MythosConfig, OpenMythos
-from open_mythos.inference import exits, scheduler
+from open_mythos.inference import exits
 from open_mythos.inference.engine import Engine, Handle, QueueFull, Request, RequestError
 from open_mythos.inference.exit_rules import Rule, Seen
 from open_mythos.inference.generate import generate
 from open_mythos.inference.runner import PlainRunner
 from open_mythos.inference.speculative import Draft
+from tiny_models import TINY
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 24,
-    "dim": 16,
-    "n_heads": 2,
-    "n_kv_heads": 1,
-    "max_seq_len": 32,
-    "max_loop_iters": 4,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 4,
-    "n_experts": 4,
-    "n_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "expert_dim": 8,
-    "lora_rank": 2,
-}
+SIZES = TINY | {"vocab_size": 24, "max_seq_len": 32}
 REFUSED, BROKEN = 22, 23  # prompts that begin with these fail, by an exception or by NaN
 ENDS = (
     "live",
@@ -327,28 +309,19 @@ def test_streams_that_are_left_early_free_their_pages() -> None:
 @pytest.mark.parametrize("runner", [None, PlainRunner])
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
 def test_deterministic_logits_are_the_same_bits_in_any_batch(
-    attn_type: str, runner: Any, monkeypatch: pytest.MonkeyPatch
+    attn_type: str, runner: Any, drawn: dict[int, list[Tensor]]
 ) -> None:
-    seen: dict[int, list[Tensor]] = {}
-    plain = scheduler.draw
-
-    def draw(samplers: Any, logits: Tensor) -> Tensor:
-        for sampler, row in zip(samplers, logits, strict=True):
-            seen.setdefault(sampler.number, []).append(row.clone())
-        return plain(samplers, logits)
-
-    monkeypatch.setattr(scheduler, "draw", draw)
     model = build(attn_type, torch.float32)
     prompt, first = [3, 1, 4, 1, 5], None
     for count in (1, 5, 64):
-        seen.clear()
+        drawn.clear()
         options = {"max_rows": 64, "page_size": 4, "prefill_chunk": 4, "runner": runner}
         engine = Engine(model, deterministic=True, **options)
         # Neighbours of other lengths and depths, on both sides of those that are looked at.
         prompts = [prompt if i % 2 == 0 else prompt[: 1 + i % 4] for i in range(count)]
         engine.generate(prompts, 3, [3 if i % 2 == 0 else 1 + i % 4 for i in range(count)], 0)
         for i in range(0, count, 2):
-            bits = torch.stack(seen[i])
+            bits = torch.stack(drawn[i])
             assert len(bits) == 3
             first = bits if first is None else first
             assert torch.equal(bits, first), (count, i)

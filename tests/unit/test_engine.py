@@ -9,32 +9,13 @@ import torch
 from torch import Tensor
 
 from open_mythos import MythosConfig, OpenMythos
-from open_mythos.inference import exits, scheduler
+from open_mythos.inference import exits
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.generate import generate
+from tiny_models import SMALL
 
 LOOPS = 5
-SIZES: dict[str, Any] = {
-    "vocab_size": 23,
-    "dim": 24,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "max_seq_len": 48,
-    "max_loop_iters": LOOPS,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_experts": 4,
-    "n_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "expert_dim": 16,
-    "lora_rank": 4,
-    "act_threshold": 0.2,
-}
+SIZES = SMALL | {"max_loop_iters": LOOPS, "act_threshold": 0.2}
 LENGTHS = (3, 9, 1, 17, 5, 9)
 DEPTHS = [1, 3, 5, 2, 8, 4]
 ATTENTION = ("mla", "gqa")
@@ -65,21 +46,6 @@ def some_prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 def small(model: OpenMythos, **changes: Any) -> Engine:
     """Fewer rows than requests, chunks shorter than prompts, pages shorter than chunks."""
     return Engine(model, **({"max_rows": 3, "page_size": 4, "prefill_chunk": 7} | changes))
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
-    """Logits that each request's tokens are drawn from, by the id of its sampler's seed."""
-    seen: dict[int, list[Tensor]] = {}
-    plain = scheduler.draw
-
-    def draw(samplers: Any, logits: Tensor) -> Tensor:
-        for sampler, row in zip(samplers, logits, strict=True):
-            seen.setdefault(sampler.number, []).append(row.clone())
-        return plain(samplers, logits)
-
-    monkeypatch.setattr(scheduler, "draw", draw)
-    return seen
 
 
 def no_page_lost(engine: Engine) -> bool:

@@ -13,30 +13,11 @@ from open_mythos.inference import exits, scheduler
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.kernel_runner import KernelRunner
 from open_mythos.inference.runner import PlainRunner
+from tiny_models import SMALL
 
 pytestmark = pytest.mark.skipif("are on" not in kernels.status(), reason=kernels.status())
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 23,
-    "dim": 24,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "max_seq_len": 48,
-    "max_loop_iters": 5,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_experts": 4,
-    "n_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "expert_dim": 16,
-    "lora_rank": 4,
-    "act_threshold": 0.2,
-}
+SIZES = SMALL | {"act_threshold": 0.2}
 DEPTHS = [1, 3, 5, 2, 8, 4]
 RULES: dict[str, exits.Rule] = {
     "act": exits.ACT(0.2, min_loops=2),

@@ -21,28 +21,10 @@ from open_mythos.inference.generate import generate
 from open_mythos.inference.pages import Layers
 from open_mythos.inference.runner import PlainRunner
 from open_mythos.inference.running import Late
+from tiny_models import TINY
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 19,
-    "dim": 16,
-    "n_heads": 2,
-    "n_kv_heads": 1,
-    "max_seq_len": 40,
-    "max_loop_iters": 4,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 4,
-    "n_experts": 2,
-    "n_experts_per_tok": 1,
-    "n_shared_experts": 0,
-    "expert_dim": 8,
-    "lora_rank": 0,
-    "attn_type": "gqa",
-}
+FEWER_PARTS = {"n_experts": 2, "n_experts_per_tok": 1, "n_shared_experts": 0, "lora_rank": 0}
+SIZES = TINY | FEWER_PARTS | {"vocab_size": 19, "attn_type": "gqa"}
 PROMPT = [3, 1, 4, 1, 5]
 
 
@@ -463,27 +445,18 @@ def test_a_closed_engine_takes_nothing_in() -> None:
 
 
 def test_deterministic_answers_do_not_depend_on_the_batch_to_the_last_bit(
-    monkeypatch: pytest.MonkeyPatch,
+    drawn: dict[int, list[Tensor]],
 ) -> None:
-    from open_mythos.inference import scheduler
-
-    model, bits = build().float(), {}
-    plain = scheduler.draw
-
-    def draw(samplers: Any, logits: Tensor) -> Tensor:
-        for sampler, row in zip(samplers, logits, strict=True):
-            bits.setdefault(sampler.number, []).append(row.clone())
-        return plain(samplers, logits)
-
-    monkeypatch.setattr(scheduler, "draw", draw)
+    model = build().float()
     for rows in (1, 5):
         engine = engine_of(model, max_rows=rows, deterministic=True)
         engine.generate([PROMPT, PROMPT[:2], PROMPT * 2, PROMPT, [2]], 5, [3, 4, 2, 1, 3], 0)
         if rows == 1:
-            first, bits = bits, {}
-    assert first.keys() == bits.keys()
+            first = dict(drawn)
+            drawn.clear()
+    assert first.keys() == drawn.keys()
     for number, rows_of in first.items():
-        assert torch.equal(torch.stack(rows_of), torch.stack(bits[number]))
+        assert torch.equal(torch.stack(rows_of), torch.stack(drawn[number]))
 
 
 def test_loops_that_share_pages_give_what_that_policy_gives_alone() -> None:

@@ -9,32 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_mythos import EveryLoop, KVCache, LastLoop, MythosConfig, OpenMythos
+from open_mythos import EveryLoop, KVCache, LastLoop, OpenMythos
 from open_mythos.inference import exits
 from open_mythos.inference.exit_cache import ExitCache, Group
 from open_mythos.inference.generate import generate, stream
+from tiny_models import SMALL, halting_model
 
 LOOPS = 6
-SIZES = {
-    "vocab_size": 23,
-    "dim": 32,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "max_seq_len": 64,
-    "max_loop_iters": LOOPS,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_experts": 4,
-    "n_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "expert_dim": 16,
-    "lora_rank": 4,
-}
+SIZES = SMALL | {"dim": 32, "max_seq_len": 64, "max_loop_iters": LOOPS}
 
 
 def random_gate() -> exits.Gate:
@@ -60,12 +42,7 @@ RULES = {
 
 
 def small(attn_type: str = "mla", **changes: object) -> OpenMythos:
-    torch.manual_seed(0)
-    model = OpenMythos(MythosConfig(**{**SIZES, "attn_type": attn_type, **changes})).double().eval()
-    with torch.no_grad():  # a fresh halting head says the same of every token
-        model.recurrent.act.halt.weight.normal_(std=0.1)
-        model.recurrent.act.halt.bias.fill_(-1.5)
-    return model
+    return halting_model({**SIZES, "attn_type": attn_type, **changes})
 
 
 def text(rows: int = 3, length: int = 17) -> Tensor:

@@ -25,14 +25,6 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def differentiated(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
     """Outputs, then the gradients of all inputs along fixed directions."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]

@@ -18,34 +18,16 @@ import torch
 from open_mythos import KVCache, LastLoop, MythosConfig, OpenMythos, kernels, stream
 from open_mythos.model import ACTHalting, MoEFFN, RMSNorm
 from open_mythos.model.decode import Decoder
+from tiny_models import ODD
 
 needs_kernels = pytest.mark.skipif("are on" not in kernels.status(), reason=kernels.status())
 
-SMALL: dict[str, object] = {
-    "vocab_size": 61,
-    "dim": 72,
-    "n_heads": 3,
-    "max_seq_len": 400,
-    "max_loop_iters": 3,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "attn_type": "mla",
-    "kv_lora_rank": 20,
-    "q_lora_rank": 25,
-    "qk_rope_head_dim": 6,
-    "qk_nope_head_dim": 11,
-    "v_head_dim": 9,
-    "n_experts": 6,
-    "n_experts_per_tok": 2,
-    "expert_dim": 37,
-    "n_shared_experts": 1,
-    "lora_rank": 4,
-}
+SIZES = ODD | {"max_seq_len": 400, "attn_type": "mla"}
 
 
 def model_of(**changes: object) -> OpenMythos:
     torch.manual_seed(0)
-    return OpenMythos(MythosConfig(**{**SMALL, **changes})).eval()
+    return OpenMythos(MythosConfig(**{**SIZES, **changes})).eval()
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,14 +56,6 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     call = kernels._call
     monkeypatch.setattr(kernels, "_call", lambda name, *a: names.append(name) or call(name, *a))
     return names
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def decode(
@@ -508,7 +482,7 @@ def python(code: str, **env: str) -> str:
 def test_without_a_compiler_pytorch_does_the_work(env, reason, tmp_path):
     code = (
         "import torch, open_mythos as m; torch.manual_seed(0); from open_mythos import kernels;"
-        f"model = m.OpenMythos(m.MythosConfig(**{SMALL!r}));"
+        f"model = m.OpenMythos(m.MythosConfig(**{SIZES!r}));"
         "print(tuple(model.generate(torch.zeros(1, 3, dtype=torch.int64), 2, 2).shape), kernels.status())"
     )
     said = python(code, XDG_CACHE_HOME=str(tmp_path), **env)

@@ -11,35 +11,15 @@ from open_mythos.inference.quantise import Int8Cache, Int8Entries, quantise
 from open_mythos.model import CacheError
 from open_mythos.model.coded import Coded, CodedExperts, CodedLinear
 from open_mythos.model.decode import Decoder
+from tiny_models import ODD
 
 needs_kernels = pytest.mark.skipif("are on" not in kernels.status(), reason=kernels.status())
 
 KINDS = ("int8", "bfloat16")
-# Widths that are no multiple of a vector, so that the ends of rows count.
-SMALL: dict[str, object] = {
-    "vocab_size": 61,
-    "dim": 72,
-    "n_heads": 3,
-    "n_kv_heads": 3,
-    "max_seq_len": 64,
-    "max_loop_iters": 3,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "kv_lora_rank": 20,
-    "q_lora_rank": 25,
-    "qk_rope_head_dim": 6,
-    "qk_nope_head_dim": 11,
-    "v_head_dim": 9,
-    "n_experts": 6,
-    "n_experts_per_tok": 2,
-    "expert_dim": 37,
-    "n_shared_experts": 1,
-    "lora_rank": 4,
-}
 
 
 def model_of(attention: str = "mla", **changes: object) -> OpenMythos:
-    model = OpenMythos(MythosConfig(**{**SMALL, "attn_type": attention, **changes})).eval()
+    model = OpenMythos(MythosConfig(**{**ODD, "attn_type": attention, **changes})).eval()
     return model.requires_grad_(False)
 
 

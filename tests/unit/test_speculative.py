@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_mythos import LastLoop, MythosConfig, OpenMythos
+from open_mythos import LastLoop, OpenMythos
 from open_mythos.inference import exits
 from open_mythos.inference.generate import generate, stream
 from open_mythos.inference.sampling import probabilities
@@ -23,29 +23,11 @@ from open_mythos.inference.speculative import (
     following,
     keeping,
 )
+from tiny_models import TINY, halting_model
 
 LOOPS = 4
-SIZES: dict[str, Any] = {
-    "vocab_size": 13,
-    "dim": 16,
-    "n_heads": 2,
-    "n_kv_heads": 1,
-    "max_seq_len": 40,
-    "max_loop_iters": LOOPS,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 4,
-    "n_experts": 4,
-    "n_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "expert_dim": 8,
-    "lora_rank": 2,
-    "tie_embeddings": False,  # a fresh model with tied ones repeats its last token, at any depth
-}
+# A fresh model with tied embeddings repeats its last token, at any depth.
+SIZES = TINY | {"max_loop_iters": LOOPS, "tie_embeddings": False}
 KINDS: dict[str, dict[str, Any]] = {
     "mla": {"attn_type": "mla"},
     "gqa": {"attn_type": "gqa", "halting": "off"},
@@ -56,12 +38,7 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 3]]
 
 
 def small(seed: int = 0, **changes: Any) -> OpenMythos:
-    torch.manual_seed(seed)
-    model = OpenMythos(MythosConfig(**{**SIZES, **changes})).double().eval()
-    with torch.no_grad():
-        model.recurrent.act.halt.weight.normal_(std=0.1)
-        model.recurrent.act.halt.bias.fill_(-1.5)
-    return model
+    return halting_model(SIZES | changes, seed)
 
 
 def count(model: OpenMythos, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
