@@ -43,6 +43,7 @@ __all__ = [
     "readable",
     "serves",
     "status",
+    "unserved",
 ]
 
 MAX_TOKENS = 64
@@ -277,6 +278,23 @@ def serves(tokens: int, *tensors: Tensor) -> bool:
     if not 0 < tokens <= MAX_TOKENS or torch.is_grad_enabled():
         return False
     return fit(*tensors)
+
+
+def unserved(tokens: int, *tensors: Tensor) -> str | None:
+    """Why :func:`serves` says no, as a clause that can follow "because"; None where it says yes."""
+    if serves(tokens, *tensors):
+        return None
+    if _off:
+        return "the kernels are disabled here"
+    for tensor in tensors:
+        if not readable(tensor):
+            return f"the weights are {tensor.dtype} on {tensor.device.type}, and the kernels serve float32 on the CPU"
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    if not _unwatched():
+        return "a compiler, a tracer, autocast, a transform or a mode has to see each operator"
+    _load()
+    return _reason or f"{tokens} tokens are not 1 to {MAX_TOKENS}"
 
 
 def fit(*tensors: Tensor) -> bool:

@@ -137,9 +137,6 @@ class _Bed:
         with Engine(
             self.model, max_rows=rows, max_context=context, max_loops=max(depths), entries=self.entries
         ) as engine:
-            reason = getattr(engine.runner, "reason", None)
-            modules = f", by the modules, since {reason}" if reason else ""
-            self.runner = type(engine.runner).__name__ + modules
             prompts = self._prompts(len(depths))
             if self.model.embed.weight.is_cuda:
                 # Graphs are captured when they are first used, which is no part of the work.
@@ -147,6 +144,9 @@ class _Bed:
             start = time.perf_counter()
             results = engine.generate(prompts, new, depths, temperature=0)
             seconds = time.perf_counter() - start  # tokens are read on the host, so a GPU is done
+            reason = engine.runner.reason
+            modules = "" if reason is None else f", by the modules, since {reason}"
+            self.runner = type(engine.runner).__name__ + modules
         return sum(len(result.tokens) for result in results), seconds
 
     def _prompts(self, count: int) -> Tensor:

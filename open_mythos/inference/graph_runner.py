@@ -145,7 +145,6 @@ class GraphRunner(PlainRunner):
     ) -> None:
         super().__init__(model, pool, state)
         self._given = rows
-        self.reason: str | None = None
         self._watch: Watch | None = None
         self._listened = False
         cfg, weight = model.cfg, model.embed.weight

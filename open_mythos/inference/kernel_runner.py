@@ -13,6 +13,7 @@ from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
 from open_mythos.model import OpenMythos
 from open_mythos.model.paged import MAX_TOKENS, Numbering, PagedDecoder
 from open_mythos.model.recurrence import HaltingWeights
+from open_mythos.model.transformer import evaluating
 
 __all__ = ["KernelRunner"]
 
@@ -24,12 +25,17 @@ class KernelRunner(PlainRunner):
         model: any model.
         pool: where keys and values are.
         state: the rows.
+
+    Attributes:
+        reason: why the model's modules are called instead, or None.
     """
 
     def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
         super().__init__(model, pool, state)
         self.ragged = False  # products are bound by arithmetic here, which padding would waste
         self._decoder: PagedDecoder | None = None
+        with evaluating(model), torch.inference_mode():  # as whenever it computes
+            self.refresh()
 
     def refresh(self) -> None:
         """Look whether the kernels still do what the model's modules would."""
@@ -38,14 +44,17 @@ class KernelRunner(PlainRunner):
         if self._decoder is not None and self.model.cfg.halting == "select":
             # The kernels keep the mass only.
             self.state.running.copy_(self.state.mass > 1 - HaltingWeights(self.model.cfg).threshold)
-        self._decoder = None
-        if self.pool.entries is None:
-            layers, names = self.pool.layers, ("e", "h", "before", "chosen", "mass")
-            numbering = Numbering(layers.of_loop(0), layers.of_coda(0), layers.shared)
-            kept = {name: getattr(self.state, name) for name in names}
-            self._decoder = PagedDecoder.begin(
-                self.model, self.pool.tensors, self.pool.table, numbering, kept
-            )
+        found = self._begin()
+        self._decoder, self.reason = (None, found) if isinstance(found, str) else (found, None)
+
+    def _begin(self) -> PagedDecoder | str:
+        """A decoder, or why there is none."""
+        if self.pool.entries is not None:
+            return "keys and values are kept in another form"
+        layers, names = self.pool.layers, ("e", "h", "before", "chosen", "mass")
+        numbering = Numbering(layers.of_loop(0), layers.of_coda(0), layers.shared)
+        kept = {name: getattr(self.state, name) for name in names}
+        return PagedDecoder.begin(self.model, self.pool.tensors, self.pool.table, numbering, kept)
 
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
         """As the plain one; short chunks in one kernel."""

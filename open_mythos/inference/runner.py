@@ -109,6 +109,7 @@ class Runner(Protocol):
     """See :class:`PlainRunner`, which is one."""
 
     state: RowState
+    reason: str | None  # why the modules are called by a runner that has kernels
     page_size: int
     ragged: bool  # whether chunks of unequal prompts pay
 
@@ -162,6 +163,7 @@ class PlainRunner:
         state: the rows.
     """
 
+    reason: str | None = None
     page_size = 16
     ragged = True
 

@@ -11,7 +11,6 @@ Shape letters: B batch, S new tokens, C context tokens, D model width, T loops, 
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,7 +31,7 @@ from open_mythos.model.recurrence import ACTHalting, HaltingWeights, LoRAAdapter
 from open_mythos.model.transformer import OpenMythos
 from open_mythos.model.watch import Watch
 
-__all__ = ["Decoder", "changed_call", "decode"]
+__all__ = ["Decoder", "Plan", "changed_call", "decode", "plan_of"]
 
 # The methods whose work the kernel does; replaced on a class or an object, they must be called.
 _METHODS: dict[type, tuple[str, ...]] = {
@@ -72,23 +71,40 @@ def changed_call(module: nn.Module) -> str | None:
 
 
 class _WatchedError(Exception):
-    """The kernel would leave out something that the modules do."""
+    """The kernel would leave out something that this module does, or that the config asks for."""
+
+    def __init__(self, why: str, module: object = None) -> None:
+        super().__init__(why)
+        self.module = module
 
 
-class _Plan(Watch):
+class Plan(Watch):
     """Addresses and sizes of a model's parts, and what they were read from.
 
     Args:
         model: any model.
+
+    Attributes:
+        fields: of the kernel's Step.
+        layers: prelude, the looped block, coda; None where the modules must be called.
+        reason: why they must be, or None.
     """
 
     def __init__(self, model: OpenMythos) -> None:
         super().__init__(model, lambda tensor: kernels.readable(tensor, *_STORED))
         self.fields: dict[str, Any] = {}
-        self.layers: list[kernels.Layer] | None = None  # None: the plain path must run
-        if not self.hooked:
-            with suppress(_WatchedError, AttributeError):  # another class may lack what its place has
-                self.fields, self.layers = _read(model)
+        self.layers: list[kernels.Layer] | None = None
+        self.reason: str | None = None
+        try:
+            if self.hooked:
+                listened = (m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks)
+                raise _WatchedError("has hooks", next(listened))
+            self.fields, self.layers = _read(model)
+        except _WatchedError as error:
+            names = {id(module): name or "the model" for name, module in model.named_modules()}
+            self.reason = f"{names.get(id(error.module), '')} {error}".strip()
+        except AttributeError as error:  # another class may lack what its place has
+            self.reason = str(error)
 
     def step(self, batch: int, new: int, n_loops: int, slots: list[kernels.Slot]) -> kernels.Call:
         """A call of the kernel for B rows of S tokens and T loops."""
@@ -96,17 +112,20 @@ class _Plan(Watch):
         return kernels.Call(self.fields | {"N": batch * new, "S": new, "T": n_loops}, self.layers, slots)
 
 
-_PLANS: WeakKeyDictionary[OpenMythos, _Plan] = WeakKeyDictionary()
+_PLANS: WeakKeyDictionary[OpenMythos, Plan] = WeakKeyDictionary()
 
 
-def _plan(model: OpenMythos) -> _Plan | None:
-    """What the kernel needs to stand in for the model's modules, or None where they must be called."""
-    if _has_any_global_hook() or any(getattr(kind, name) is not own for kind, name, own in _ORIGINALS):
-        return None
+def plan_of(model: OpenMythos) -> Plan | str:
+    """What the kernel needs to stand in for the model's modules, or why they must be called."""
+    if _has_any_global_hook():
+        return "there are global hooks"
+    for kind, name, own in _ORIGINALS:
+        if getattr(kind, name) is not own:
+            return f"{kind.__name__}.{name} was replaced"
     plan = _PLANS.get(model)
     if plan is None or not plan.holds():
-        plan = _PLANS[model] = _Plan(model)
-    return None if plan.layers is None else plan
+        plan = _PLANS[model] = Plan(model)
+    return plan if plan.reason is None else plan.reason
 
 
 def decode(model: OpenMythos, ids: Tensor, ctx: SequenceContext, n_loops: int) -> Tensor | None:
@@ -124,8 +143,8 @@ def decode(model: OpenMythos, ids: Tensor, ctx: SequenceContext, n_loops: int) -
     (batch, new), rope, mask = ids.shape, ctx.rope, ctx.mask
     if ctx.cache is None or not ctx.cache.plain or not kernels.serves(batch * new, rope):
         return None
-    plan = _plan(model)
-    if plan is None:
+    plan = plan_of(model)
+    if isinstance(plan, str):
         return None
     slots = _slots(model.cfg, ctx.cache, rope, batch, new, n_loops)
     call = plan.step(batch, new, n_loops, slots)
@@ -143,7 +162,7 @@ class Decoder:
     The cache does not count the tokens before :meth:`close`. Make one with :meth:`begin`.
     """
 
-    def __init__(self, model: OpenMythos, plan: _Plan, cache: KVCache, n_loops: int, count: int) -> None:
+    def __init__(self, model: OpenMythos, plan: Plan, cache: KVCache, n_loops: int, count: int) -> None:
         cfg, batch, past = model.cfg, cache.batch_size or 0, cache.length
         self._model, self._plan, self._cache, self._fed = model, plan, cache, 0
         self._width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
@@ -170,8 +189,8 @@ class Decoder:
         weight = model.embed.weight
         if cache.packed or not cache.plain or count < 1 or not kernels.serves(cache.batch_size or 0, weight):
             return None
-        plan = _plan(model)
-        return None if plan is None else cls(model, plan, cache, n_loops, count)
+        plan = plan_of(model)
+        return None if isinstance(plan, str) else cls(model, plan, cache, n_loops, count)
 
     def step(self, ids: Tensor) -> Tensor:
         """Token ids (B, 1) → logits (B, 1, V)."""
@@ -181,7 +200,7 @@ class Decoder:
 
     def holds(self) -> bool:
         """Whether the next step may be taken here too, after somebody else had their turn."""
-        return kernels.serves(1, self._model.embed.weight) and _plan(self._model) is self._plan
+        return kernels.serves(1, self._model.embed.weight) and plan_of(self._model) is self._plan
 
     def close(self) -> None:
         """Hand the cache over, with the tokens that were fed counted."""
@@ -222,10 +241,15 @@ def _read(model: OpenMythos) -> tuple[dict[str, Any], list[kernels.Layer]]:
     _check(model, OpenMythos)
     _check(loop, RecurrentBlock)
     _check(model.embed, nn.Embedding)
-    random = cfg.initial_state == "random" and model.training
-    local = cfg.alibi or cfg.previous_heads
-    if random or local or cfg.halting not in ("select", "off") or model.embed.max_norm is not None:
-        raise _WatchedError
+    if cfg.initial_state == "random" and model.training:
+        raise _WatchedError("initial_state = 'random' draws in training mode")
+    for name in ("alibi", "previous_heads"):
+        if getattr(cfg, name):
+            raise _WatchedError(f"{name} = {getattr(cfg, name)!r}")
+    if cfg.halting not in ("select", "off"):
+        raise _WatchedError(f"halting = {cfg.halting!r}")
+    if model.embed.max_norm is not None:
+        raise _WatchedError("has a max_norm", model.embed)
     width, eps = cfg.dim, cfg.norm_eps
     blocks = [*model.prelude_layers, loop.block, *model.coda_layers]
     fields = {
@@ -294,7 +318,7 @@ def _layer(block: TransformerBlock, cfg: MythosConfig) -> kernels.Layer:
     ffn: Any = block.ffn
     attn, width, eps = block.attn, cfg.dim, cfg.norm_eps
     if (block.dropout and block.training) or (attn.dropout and attn.training):
-        raise _WatchedError
+        raise _WatchedError("drops activations in training mode", block)
     fields: dict[str, Any] = {
         "attn_norm": _norm(block.attn_norm, width, eps),
         "ffn_norm": _norm(block.ffn_norm, width, eps),
@@ -305,7 +329,7 @@ def _layer(block: TransformerBlock, cfg: MythosConfig) -> kernels.Layer:
         _check(ffn, type(ffn))
         count, hidden = cfg.n_experts, cfg.expert_dim
         if not 1 <= ffn.topk <= count:  # the C code would look for an expert that is not there
-            raise _WatchedError
+            raise _WatchedError(f"has topk = {ffn.topk} of {count} experts", ffn)
         fields["router"] = _linear(ffn.router, count, width)
         fields["router_bias"] = _address(ffn, "router_bias", count)
         fields["w_in"] = _experts(ffn, "in", count, width, 2 * hidden)
@@ -352,12 +376,9 @@ def _grouped(attn: Any, cfg: MythosConfig) -> dict[str, Any]:
 
 def _check(module: nn.Module, kind: type) -> None:
     """Calling the module does what its class says."""
-    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
-        raise _WatchedError
-    own = module.__dict__
-    for name in _METHODS[kind]:
-        if name in own:
-            raise _WatchedError
+    why = f"is of class {type(module).__name__}" if type(module) is not kind else changed_call(module)
+    if why is not None:
+        raise _WatchedError(why, module)
 
 
 def _address(module: nn.Module, name: str, *shape: int) -> int:
@@ -366,14 +387,14 @@ def _address(module: nn.Module, name: str, *shape: int) -> int:
     if tensor is None:
         tensor = module._buffers.get(name)
     if tensor is None or tensor.shape != shape or not kernels.readable(tensor):
-        raise _WatchedError
+        raise _WatchedError(f"has another {name} than a float32 one of shape {shape} on the CPU", module)
     return tensor.data_ptr()
 
 
 def _plain(module: Any, rows: int, width: int) -> int:
     _check(module, nn.Linear)
     if module._parameters.get("bias") is not None:
-        raise _WatchedError
+        raise _WatchedError("has a bias", module)
     return _address(module, "weight", rows, width)
 
 
@@ -392,10 +413,10 @@ def _experts(module: Any, name: str, *shape: int) -> kernels.Matrix:
 
 def _coded(module: Any, *shape: int) -> kernels.Matrix:
     if type(module) is not Coded:
-        raise _WatchedError
+        raise _WatchedError(f"is of class {type(module).__name__}", module)
     codes = module.codes
     if codes.shape != shape or not kernels.readable(codes, torch.bfloat16, torch.int8):
-        raise _WatchedError
+        raise _WatchedError(f"has other codes than int8 or bfloat16 ones of shape {shape} on the CPU", module)
     factor = None if module.factor is None else _address(module, "factor", *shape[:-1])
     return kernels.Matrix(codes.data_ptr(), factor, codes.element_size())
 
@@ -403,5 +424,5 @@ def _coded(module: Any, *shape: int) -> kernels.Matrix:
 def _norm(module: Any, width: int, eps: float) -> int:
     _check(module, RMSNorm)
     if module.eps != eps:
-        raise _WatchedError
+        raise _WatchedError(f"has eps = {module.eps}", module)
     return _address(module, "weight", width)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from open_mythos import kernels
 from open_mythos.model.cache import Entry
-from open_mythos.model.decode import _Plan, _plan
+from open_mythos.model.decode import Plan, plan_of
 from open_mythos.model.layers import rope_table
 from open_mythos.model.transformer import OpenMythos
 
@@ -62,7 +62,7 @@ class PagedDecoder:
     def __init__(
         self,
         model: OpenMythos,
-        plan: _Plan,
+        plan: Plan,
         tensors: Entry,
         table: Tensor,
         numbering: Numbering,
@@ -99,19 +99,23 @@ class PagedDecoder:
     @classmethod
     def begin(
         cls, model: OpenMythos, tensors: Entry, table: Tensor, numbering: Numbering, kept: dict[str, Tensor]
-    ) -> PagedDecoder | None:
-        """A decoder, or None where the model's own modules must be called."""
-        readable = all(kernels.readable(x) for x in (*tensors.values(), *kept.values()))
-        if not readable or not kernels.serves(1, model.embed.weight):
-            return None
-        plan = _plan(model)
-        return None if plan is None else cls(model, plan, tensors, table, numbering, kept)
+    ) -> PagedDecoder | str:
+        """A decoder, or why the model's own modules must be called."""
+        why = kernels.unserved(1, model.embed.weight)
+        if why is not None:
+            return why
+        if not all(kernels.readable(x) for x in (*tensors.values(), *kept.values())):
+            return "pages or states are not float32 on the CPU"
+        plan = plan_of(model)
+        return plan if isinstance(plan, str) else cls(model, plan, tensors, table, numbering, kept)
 
     def holds(self) -> bool:
         """Whether it may still stand in for the model, after somebody else had their turn."""
         same_threads = self._step.threads == torch.get_num_threads()
         return (
-            same_threads and kernels.serves(1, self._model.embed.weight) and _plan(self._model) is self._plan
+            same_threads
+            and kernels.serves(1, self._model.embed.weight)
+            and plan_of(self._model) is self._plan
         )
 
     def prelude(self, rows: Sequence[int], past: Sequence[int], ids: Tensor) -> None:

@@ -196,6 +196,8 @@ def test_bench_shows_and_writes_its_figures(
     ]  # fmt: skip
     assert all(work in out for work in works)
     assert all(figure["tokens_per_s"] > 0 < figure["seconds"] for figure in found["figures"])
+    assert "computed by KernelRunner" in out
+    assert found["runner"].startswith("KernelRunner")
     assert (found["loops"], found["weights"], found["cache"]) == (LOOPS, None, None)
 
 
@@ -203,3 +205,4 @@ def test_bench_takes_a_variant_and_fewer_bits(capsys: pytest.CaptureFixture[str]
     sizes = ("--batch", "1", "--prompt-tokens", 4, "--new-tokens", 2, "--rounds", 1, "--loops", 2)
     out, _ = run(capsys, "bench", "mythos_nano", *sizes, "--weights", "int8", "--cache", "int8")
     assert "decode, batch 1" in out
+    assert "computed by KernelRunner, by the modules, since keys and values are kept in another form\n" in out

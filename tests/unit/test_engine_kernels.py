@@ -12,6 +12,7 @@ from open_mythos import LastLoop, MythosConfig, OpenMythos, kernels
 from open_mythos.inference import exits, scheduler
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.kernel_runner import KernelRunner
+from open_mythos.inference.quantise import Int8Entries
 from open_mythos.inference.runner import PlainRunner
 from tiny_models import SMALL
 
@@ -116,3 +117,77 @@ def test_a_hook_set_between_tokens_is_called_and_changes_no_token() -> None:
     found += list(tokens)
     assert len(calls) == before
     assert [found, handles[1].result().tokens] == wanted
+
+
+def reason(model: OpenMythos, **how: Any) -> str | None:
+    return Engine(model, max_rows=1, page_size=4, **how).runner.reason
+
+
+def test_the_runner_tells_why_it_calls_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    assert reason(model) is None
+    assert reason(model.train()) is None  # the engine puts it in eval mode
+    assert reason(model, entries=Int8Entries()) == "keys and values are kept in another form"
+    with kernels.disabled():
+        assert reason(model) == "the kernels are disabled here"
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_library", None)
+        patch.setattr(kernels, "_reason", "there is no C compiler ('cc' was not found)")
+        assert reason(model) == "there is no C compiler ('cc' was not found)"
+    wide = "the weights are torch.float64 on cpu, and the kernels serve float32 on the CPU"
+    assert reason(build().double(), runner=KernelRunner) == wide
+    assert reason(build(halting="average")) == "halting = 'average'"
+    assert reason(build(attn_type="gqa", alibi=1.0)) == "alibi = 1.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda m: m.recurrent.block.register_forward_hook(lambda *_: None),
+            "recurrent.block has hooks",
+        ),
+        (
+            lambda m: setattr(m.recurrent.act, "forward", m.recurrent.act.forward),
+            "recurrent.act has another method 'forward'",
+        ),
+        (lambda m: setattr(m.norm, "eps", 0.5), "norm has eps = 0.5"),
+        (lambda m: setattr(m.recurrent.block.ffn, "topk", 9), "recurrent.block.ffn has topk = 9 of 4 experts"),
+        (
+            lambda m: setattr(m.head, "bias", torch.nn.Parameter(torch.zeros(23))),
+            "head has a bias",
+        ),
+        (
+            lambda m: setattr(m.recurrent.injection, "B", torch.nn.Parameter(torch.ones(24).double())),
+            "recurrent.injection has another B than a float32 one of shape (24,) on the CPU",
+        ),
+        (lambda m: setattr(m.embed, "max_norm", 1.0), "embed has a max_norm"),
+        (
+            lambda m: setattr(m.recurrent.block, "ffn", torch.nn.Identity()),
+            "'Identity' object has no attribute 'topk'",
+        ),
+    ],
+)  # fmt: skip
+def test_the_reason_names_what_is_not_as_built(change: Any, why: str) -> None:
+    model = build()
+    change(model)
+    assert reason(model) == why
+
+
+def test_the_reason_comes_and_goes_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    with Engine(model, max_rows=1, page_size=4) as engine:
+        hook = model.norm.register_forward_hook(lambda *_: None)
+        engine.generate([[1, 2]], 2)
+        assert engine.runner.reason == "norm has hooks"
+        hook.remove()
+        engine.generate([[1, 2]], 2)
+        assert engine.runner.reason is None
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.norm), "forward", lambda self, x: x)
+        assert reason(model) == "RMSNorm.forward was replaced"
+    everyone = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert reason(model) == "there are global hooks"
+    finally:
+        everyone.remove()
