@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_mythos.config import ConfigError
+from open_mythos.reproduce.layout import layout
 from open_mythos.training.config import RunConfig
 from open_mythos.training.dataconfig import FREE
 
@@ -33,8 +33,6 @@ _FREE: dict[str, tuple[str, ...]] = {
     "data": FREE,
     "parallel": ("device", "compile", "graphs", "recompute", "replicas", "reshard"),
 }
-# Lists of numbers go on one line: a curve is easier to read so, and to compare.
-_NUMBERS = re.compile(r"\[\s*((?:-?[\d.eE+-]+|null)(?:,\s*(?:-?[\d.eE+-]+|null))*)\s*\]")
 
 _FREE_SECTIONS = ("eval", "log", "checkpoint")
 
@@ -190,8 +188,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step; a reader sees the old one or the new one, whole."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    text = _NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", " ", found.group(1)) + "]", text)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text + "\n", encoding="utf-8")
+    part.write_text(layout(value) + "\n", encoding="utf-8")
     os.replace(part, path)

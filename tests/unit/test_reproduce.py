@@ -288,12 +288,32 @@ def test_a_difference_is_named() -> None:
     assert difference(old, {**new, "train": {"steps": 4}}) == "train.steps was 3 and is 4 now"
 
 
-def test_written_numbers_share_a_line(tmp_path: Path) -> None:
-    value = {"curve": [1, -2.5e-07, None], "words": ["a", "b"], "none": [], "nested": [[1, 2], [3]]}
+def test_a_written_file_has_few_lines_and_none_that_is_long(tmp_path: Path) -> None:
+    value = {
+        "curve": [1, -2.5e-07, None],
+        "long curve": [i / 7 for i in range(100)],
+        "tokens": [{"text": f"[1,  {i}]\n", "loops": i} for i in range(300)],
+        "runs": [{"seed": seed, "sentence": "word " * 30, "none": [], "nothing": {}} for seed in range(2)],
+        "sentence": "é" * 200,
+    }
     write_json(tmp_path / "x.json", value)
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert json.loads(text) == value
-    assert '"curve": [1, -2.5e-07, null]' in text
+    assert ' "curve": [1, -2.5e-07, null],\n' in text
+    lines = text.splitlines()
+    assert len(lines) < 200
+    assert all(len(line) <= 110 for line in lines if '"sentence"' not in line)
+    full = [len(line) for line in lines if line.startswith("  {") and line.endswith("},")]
+    assert min(full) + len(', {"text": "[1,  299]\\n", "loops": 299}') > 110, "a line has room for one more"
+
+
+def test_a_written_file_holds_what_json_makes_of_keys_and_tuples(tmp_path: Path) -> None:
+    value = {1: (2, 3), "long": dict.fromkeys(range(2), ("x" * 60, "y" * 60))}
+    write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == json.loads(json.dumps(value))
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "y.json", {"x": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
