@@ -6,9 +6,11 @@ safely, so start it with OMP_NUM_THREADS=1 and OPENBLAS_NUM_THREADS=1.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -81,6 +83,9 @@ def save(world: World, folder: Path) -> Result:
     state, step, data = built(world, cfg)
     for _ in range(STEPS):
         step(True)
+    if world.is_main:  # of the try before
+        shutil.rmtree(folder / f"of-{world.size}", ignore_errors=True)
+    world.barrier()
     saver = Checkpointer(folder / f"of-{world.size}")
     saver.save(state, cfg.to_dict())
     kept = digests(state, world.rank)
@@ -140,7 +145,22 @@ def whole_run(world: World, folder: Path) -> Result:
 
 
 def in_world(size: int, folder: Path, work: Callable[[World, Path], Result]) -> list[Result]:
-    """What ``work`` finds on each rank of a world of forked processes."""
+    """What ``work`` finds on each rank of a world of forked processes.
+
+    A process that a signal ended was not failed by what is tested here, which raises. The world is tried once more
+    then, and what the process left behind is told.
+    """
+    codes = forked(size, folder, work)
+    if any(code < 0 for code in codes):
+        print(f"{work.__name__} in a world of {size} ended with {codes}; tried once more", file=sys.stderr)
+        codes = forked(size, folder, work)
+    if any(codes):
+        raise SystemExit(f"{work.__name__} in a world of {size} ended with {codes}")
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+
+
+def forked(size: int, folder: Path, work: Callable[[World, Path], Result]) -> list[int]:
+    """Exit codes of a world; below zero where a signal ended a process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -163,13 +183,11 @@ def in_world(size: int, folder: Path, work: Callable[[World, Path], Result]) -> 
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        raise SystemExit(f"processes ended with {codes}")
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def main(folder: Path) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1)])  # loads torch's compiler once, before the forks
     (folder / "text.txt").write_text("Encode once, think as long as asked, decode once. " * 60)
