@@ -136,6 +136,7 @@ _SIGNATURES = {
     "om_step": [_P],
     "om_part": [_P, _N],
     "om_parts": [_P, _N, _N, _N],
+    "om_loops": [_P, _P, _N],
     "om_norm": [_P, _P, _F, _N, _N, _N, _P, _P],
     "om_norm_back": [_P] * 4 + [_N] * 3 + [_P] * 3,
     "om_gate": [_P, _P, _N, _N, _N, _P],

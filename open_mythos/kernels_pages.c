@@ -55,6 +55,22 @@ void om_part(const Step *s, i64 which) {
     }
 }
 
+/* So many loops; in each the first rows of s, as many as counts has. s->at has the row's index in each, (loops, N). */
+void om_loops(const Step *s, const i64 *counts, i64 loops) {
+#pragma omp parallel num_threads((int)s->threads) if (s->threads > 1)
+    {
+        Work work = {.part = omp_get_thread_num(), .parts = omp_get_num_threads()}, *t = &work;
+        Step now = *s;
+        for (i64 i = 0; i < loops; i++) {
+            now.at = s->at + i * s->N;
+            now.N = counts[i];
+#pragma omp barrier
+            lay_out(&now, s->room, t); /* what a loop leaves is not in the room */
+            advance(&now, t);
+        }
+    }
+}
+
 /* Parts of a token one after the other: its beginning if asked for, so many loops (s->at has the row's index in each,
  * (loops, N)), and its end if asked for. */
 void om_parts(const Step *s, i64 begins, i64 loops, i64 ends) {

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from open_mythos.config import MythosConfig
+from open_mythos.inference.graph_room import Room, injection_of
 from open_mythos.inference.pages import PagePool
 from open_mythos.inference.runner import Batch, PlainRunner, RowState
 from open_mythos.model import (
@@ -37,10 +38,9 @@ from open_mythos.model import (
     TransformerBlock,
 )
 from open_mythos.model.decode import changed_call
-from open_mythos.model.recurrence import HaltingWeights
 from open_mythos.model.watch import Watch
 from open_mythos.rows.launch import TritonRows
-from open_mythos.rows.plain import Entries, Injection, Pages, PlainRows, wide
+from open_mythos.rows.plain import Entries, Pages, PlainRows, wide
 
 __all__ = ["GraphRunner", "unserved"]
 
@@ -96,34 +96,6 @@ def _changed(model: OpenMythos) -> str | None:
     return None
 
 
-class _Room:
-    """What the kernels of a graph hand on, for N entries at most; graphs of fewer use its beginning."""
-
-    def __init__(self, model: OpenMythos, count: int) -> None:
-        cfg, weight = model.cfg, model.embed.weight
-        self.dtype, self.wide, self.device = weight.dtype, wide(weight.dtype), weight.device
-        slots = count * cfg.n_experts_per_tok
-        if cfg.attn_type == "mla":
-            both = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-            self.low = self._make(count, cfg.q_lora_rank + both)
-            self.q = self._make(count, cfg.n_heads, both, narrow=True)
-            self.mixed = self._make(count, cfg.n_heads * cfg.v_head_dim, narrow=True)
-        else:
-            self.low = self._make(count, (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim)
-            self.q = self._make(count, cfg.n_heads, cfg.head_dim, narrow=True)
-            self.mixed = self._make(count, cfg.n_heads * cfg.head_dim, narrow=True)
-        self.inner, self.shared = self._make(count, cfg.dim), self._make(count, cfg.dim)
-        self.dense = self._make(count, cfg.dense_dim, narrow=True)
-        self.shared_hidden = self._make(count, max(cfg.shared_dim, 1), narrow=True)
-        self.hidden, self.slots = self._make(slots, cfg.expert_dim, narrow=True), self._make(slots, cfg.dim)
-        self.chosen = torch.zeros(count, cfg.n_experts_per_tok, dtype=torch.int32, device=self.device)
-        self.weights = self._make(count, cfg.n_experts_per_tok)
-        self.logits = self._make(count, cfg.vocab_size)
-
-    def _make(self, *shape: int, narrow: bool = False) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype if narrow else self.wide, device=self.device)
-
-
 class GraphRunner(PlainRunner):
     """:class:`PlainRunner` with decode steps in kernels, captured once for each number of rows.
 
@@ -170,12 +142,12 @@ class GraphRunner(PlainRunner):
         model, state = self.model, self.state
         rows, device = len(state.ids), state.ids.device
         self._z = self._rope.new_zeros(rows, model.cfg.dim)
-        self._injection = _injection(model, state)
+        self._injection = injection_of(model, state)
         self._buckets = [1]
         while self._buckets[-1] < rows:
             self._buckets.append(2 * self._buckets[-1])
         self._ops: Any = TritonRows(most=self._buckets[-1]) if self._given is None else self._given
-        self._whole = _Room(model, self._buckets[-1])
+        self._whole = Room(model, self._buckets[-1])
         # Rows of 16 bytes at least: a kernel is compiled once more for addresses that are not aligned.
         self._tables = {
             n: torch.full((4, max(n, 4)), -1, dtype=torch.int32, device=device) for n in self._buckets
@@ -184,6 +156,7 @@ class GraphRunner(PlainRunner):
         self._next: dict[int, int] = {}  # loop for which each row's input has been prepared
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
         self._rounds: dict[Any, Tensor] = {}
+        self._strides: dict[tuple[int, int], Tensor] = {}
         self._memory: Any = None
         self._side = torch.cuda.Stream() if device.type == "cuda" else None
 
@@ -205,6 +178,41 @@ class GraphRunner(PlainRunner):
         self._run("loop", batch)
         self._next.update((row, t + 1) for row, t in zip(batch.rows, batch.loops, strict=True))
         return None
+
+    @property
+    def stride(self) -> int:
+        """Loops of one graph."""
+        return 1 if self.reason is not None else 4
+
+    def loops(self, batch: Batch, times: Sequence[int]) -> None:
+        """Several loops in one graph. Who has done theirs is not among the entries of the later ones."""
+        if self.reason is not None:
+            return super().loops(batch, times)
+        self._catch_up(batch)
+        most, bucket = max(times), self._bucket(len(times))
+        each = max(bucket, 4)
+        if (most, bucket) not in self._strides:
+            table = torch.full((4, most * each), -1, dtype=torch.int32, device=self._rope.device)
+            self._strides[most, bucket] = table
+        table, fill = self._strides[most, bucket], [-1] * (each - len(times))
+        wanted: list[list[int]] = [[], [], [], []]
+        for i in range(most):
+            wanted[0] += [
+                row if count > i else -1 for row, count in zip(batch.rows, times, strict=True)
+            ] + fill
+            wanted[1] += [*batch.positions, *fill]
+            wanted[2] += [done + i for done in batch.loops] + fill
+            wanted[3] += [*map(int, batch.ruled), *fill]
+        table.copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
+        parts = [Entries(*table[:, i * each :][:, :bucket].unbind()) for i in range(most)]
+        self._replay((("loops", most), bucket), partial(self._do_loops, parts), table)
+        done = zip(batch.rows, batch.loops, times, strict=True)
+        self._next.update((row, t + count) for row, t, count in done)
+        return None
+
+    def _do_loops(self, parts: Sequence[Entries]) -> None:
+        for entries in parts:
+            self._do_loop(entries)
 
     def coda(self, batch: Batch) -> Tensor:
         """As :meth:`PlainRunner.coda`; the logits are float32, in a buffer that the next call reuses."""
@@ -277,13 +285,7 @@ class GraphRunner(PlainRunner):
         table.copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
         parts = [table[:, wide + i * each :][:, :count] for i in range(drafts + 1)]
         work = partial(self._do_round, table[:, : len(batch.rows)], parts, loops, most)
-        if isinstance(self._ops, PlainRows):
-            work()
-        else:
-            if key not in self._graphs:
-                self._capture(key, work, table)
-            self._graphs.move_to_end(key)
-            self._graphs[key].replay()
+        self._replay(key, work, table)
         self._next.update(dict.fromkeys(batch.rows, most))
         return self._whole.logits[: len(batch.rows)]
 
@@ -307,7 +309,7 @@ class GraphRunner(PlainRunner):
     def _run(self, what: Any, batch: Batch, loops: Sequence[int] | None = None) -> None:
         """Show the device the batch and launch the work."""
         count = len(batch.rows)
-        bucket = next(n for n in self._buckets if n >= count)
+        bucket = self._bucket(count)
         fill = [-1] * (self._tables[bucket].shape[1] - count)
         loops = list(batch.loops if loops is None else loops)
         ruled = [int(each) for each in batch.ruled]
@@ -324,12 +326,18 @@ class GraphRunner(PlainRunner):
         entries = Entries(*self._tables[bucket][:, :bucket].unbind())
         name, *rest = (what,) if isinstance(what, str) else what
         work: Callable[..., None] = getattr(self, f"_do_{name}")
+        self._replay((what, bucket), partial(work, entries, *rest), self._tables[bucket])
+
+    def _bucket(self, count: int) -> int:
+        return next(n for n in self._buckets if n >= count)
+
+    def _replay(self, key: Any, work: Callable[[], None], table: Tensor) -> None:
+        """Do this work on the entries that the table shows, from a graph; the first time it is captured."""
         if isinstance(self._ops, PlainRows):
-            work(entries, *rest)
+            work()
             return
-        key = what, bucket
         if key not in self._graphs:
-            self._capture(key, lambda: work(entries, *rest), self._tables[bucket])
+            self._capture(key, work, table)
         self._graphs.move_to_end(key)
         self._graphs[key].replay()
 
@@ -459,33 +467,3 @@ class GraphRunner(PlainRunner):
             ops.attend(entries, q, pages, mixed, attn.head_dim**-0.5)
         ops.linear(entries, mixed, (attn.wo.weight,), inner, add=x, maps="+")
         return inner
-
-
-def _injection(model: OpenMythos, state: RowState) -> Injection:
-    """Parameters around the block, beside the rows' state."""
-    loop, cfg = model.recurrent, model.cfg
-    dtype = wide(model.embed.weight.dtype)
-    weights: dict[str, Tensor] = {
-        "loop_norm": loop.norm.weight,
-        "log_A": loop.injection.log_A,
-        "log_dt": loop.injection.log_dt,
-        "B": loop.injection.B,
-    }
-    norms = {"input_norm": model.input_norm, "update_norm": loop.update_norm, "state_norm": loop.state_norm}
-    weights |= {name: norm.weight for name, norm in norms.items() if isinstance(norm, nn.RMSNorm)}
-    if loop.lora is not None:
-        lora = loop.lora
-        weights |= {"lora_down": lora.down.weight, "lora_B": lora.B, "lora_scale": lora.scale.weight}
-    if cfg.halting == "select":
-        weights |= {"halt": loop.act.halt.weight, "halt_bias": loop.act.halt.bias}
-    if loop.loop_dim:
-        exponent = torch.arange(0, loop.loop_dim, 2, device=state.h.device, dtype=dtype) / loop.loop_dim
-        weights["sines"] = 10000.0**-exponent
-    x = torch.zeros(state.h.shape, dtype=dtype, device=state.h.device)
-    return Injection(
-        state.e, state.h, state.before, state.chosen, x, state.mass, state.running.view(torch.int8),
-        {name: tensor.detach() for name, tensor in weights.items()},
-        loop_dim=loop.loop_dim, keep=cfg.block_output == "state",
-        still=1 - HaltingWeights(cfg).threshold if cfg.halting == "select" else None,
-        at_input=cfg.initial_state == "prelude", limits=(LTIInjection.LOW, LTIInjection.HIGH), eps=cfg.norm_eps,
-    )  # fmt: skip

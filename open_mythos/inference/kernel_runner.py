@@ -5,6 +5,8 @@ Shape letters: n rows of a call, S tokens of a chunk, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,24 @@ class KernelRunner(PlainRunner):
             return
         for part in _pieces(batch):
             self._decoder.loop(part.rows, part.positions, part.loops, part.ruled)
+
+    @property
+    def stride(self) -> int:
+        """Loops of one call."""
+        return 1 if self._decoder is None else 4
+
+    def loops(self, batch: Batch, times: Sequence[int]) -> None:
+        """Several loops in one kernel; who does most of them comes first."""
+        if self._decoder is None:
+            super().loops(batch, times)
+            return
+        order = sorted(range(len(times)), key=lambda at: -times[at])
+        for start in range(0, len(order), MAX_TOKENS):
+            places = order[start : start + MAX_TOKENS]
+            part = batch.pick(places)
+            self._decoder.loops(
+                part.rows, part.positions, part.loops, part.ruled, [times[at] for at in places]
+            )
 
     def coda(self, batch: Batch) -> Tensor:
         """As the plain one."""

@@ -9,7 +9,7 @@ Shape letters: R rows of the engine, n rows of a call, S tokens of a chunk, D mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -113,6 +113,11 @@ class Runner(Protocol):
     page_size: int
     ragged: bool  # whether chunks of unequal prompts pay
 
+    @property
+    def stride(self) -> int:
+        """Loops that one call may run; where it raises, no row has moved."""
+        ...
+
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
         """Logits (n, V) of the last tokens, and loops (n, S) that tokens spent under a rule."""
         ...
@@ -123,6 +128,10 @@ class Runner(Protocol):
 
     def loop(self, batch: Batch) -> None:
         """One loop."""
+        ...
+
+    def loops(self, batch: Batch, times: Sequence[int]) -> None:
+        """So many loops of each row, ``stride`` at most."""
         ...
 
     def coda(self, batch: Batch) -> Tensor:
@@ -171,6 +180,11 @@ class PlainRunner:
         self.model, self.pool, self.state = model, pool, state
         self._kept: tuple[tuple[tuple[int, ...], tuple[int, ...]], PagedView, SequenceContext] | None = None
         self._policy = LastLoop() if pool.layers.shared else None
+
+    @property
+    def stride(self) -> int:
+        """Loops that one call may run."""
+        return 1
 
     def refresh(self) -> None:
         """The model may have changed between two calls, which is nothing to this runner."""
@@ -287,6 +301,12 @@ class PlainRunner:
         if any(batch.ruled):
             _put(state.before, rows, h)
         _put(state.h, rows, new)
+
+    def loops(self, batch: Batch, times: Sequence[int]) -> None:
+        """So many loops of each row, one after the other."""
+        for i in range(max(times)):
+            part = batch.pick([at for at, count in enumerate(times) if count > i])
+            self.loop(replace(part, loops=tuple(done + i for done in part.loops)))
 
     def _halt(self, batch: Batch, rows: Tensor | slice, h: Tensor) -> None:
         """Let the model's own halting choose, one loop further. Rows under a rule go along for nothing."""

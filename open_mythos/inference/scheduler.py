@@ -5,6 +5,8 @@ most one chunk of prompts; then one tick. A tick is one loop of every row that d
 loops are done go through the coda, get a token, and begin the next one in the next tick. A row that has finished is
 free at once.
 
+A runner may do several ticks in one call, as far as the next coda.
+
 Nothing here reads the device, but the answers of exit rules and the new tokens; these may come late (``lag``), and what
 a row computed after its end is dropped.
 
@@ -14,6 +16,7 @@ Shape letters: n rows of a call, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -153,14 +156,28 @@ class Scheduler(Intake):
             return
         self._each([lane for lane in lanes if not lane.begun], self._begin)
         looping = [lane for lane in lanes if lane.begun and not lane.rests]
-        moved = [lane for group, _ in self._each(looping, self._advance) for lane in group]
+        times = self._stride(looping, len(active))
+        moved = [lane for group, _ in self._each(looping, partial(self._advance, times)) for lane in group]
         if moved:
-            self.stats.ticks += 1
-            self.stats.row_loops += len(moved)
-            self._owed -= 1
+            self.stats.ticks += times
+            self._owed -= times
         self._ask([lane for lane in moved if lane.rule is not None and not lane.done])
-        self._since_coda += 1
+        self._since_coda += times
         self._codas()
+
+    def _stride(self, lanes: list[Lane], count: int) -> int:
+        """Loops that these lanes, of so many that are active, run before somebody is asked or decoded: 1, 2, 4, …"""
+        if self.runner.stride == 1 or not lanes or any(lane.rule is not None for lane in lanes):
+            return 1
+        lefts, resting = sorted(lane.goal - lane.loops for lane in lanes), count - len(lanes)
+        most = max(self._coda_every - self._since_coda, 1 if resting else lefts[0])
+        for i, left in enumerate(lefts):
+            if left >= most:
+                break
+            if 4 * (resting + i + 1) >= count:
+                most = left
+                break
+        return 1 << (min(most, self.runner.stride).bit_length() - 1)
 
     def _codas(self) -> None:
         """Decode who rests, unless that may wait for more of them."""
@@ -238,10 +255,15 @@ class Scheduler(Intake):
         for lane in lanes:
             lane.begun = True
 
-    def _advance(self, lanes: list[Lane]) -> None:
-        self.runner.loop(batch_of(lanes))
-        for lane in lanes:
-            lane.loops += 1
+    def _advance(self, times: int, lanes: list[Lane]) -> None:
+        each = [min(times, lane.goal - lane.loops) for lane in lanes]
+        if times == 1:
+            self.runner.loop(batch_of(lanes))
+        else:
+            self.runner.loops(batch_of(lanes), each)
+        self.stats.row_loops += sum(each)
+        for lane, done in zip(lanes, each, strict=True):
+            lane.loops += done
             if lane.loops >= lane.goal:
                 lane.rests, lane.done = True, lane.loops == lane.most
 

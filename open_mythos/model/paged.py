@@ -141,6 +141,30 @@ class PagedDecoder:
         """
         self._part(1, rows, past, loops, ruled, None)
 
+    def loops(
+        self,
+        rows: Sequence[int],
+        past: Sequence[int],
+        loops: Sequence[int],
+        ruled: Sequence[bool],
+        times: Sequence[int],
+    ) -> None:
+        """Some loops of each row, on what is kept.
+
+        Args:
+            rows: number of each.
+            past: cached tokens of each.
+            loops: index of each row's first loop.
+            ruled: as for :meth:`loop`.
+            times: loops of each, falling.
+        """
+        step, kept = self._prepare(rows, past, ruled, 1, 0)
+        at = _numbers([loop + i for i in range(times[0]) for loop in loops])
+        step.at = ctypes.addressof(at)
+        counts = _numbers([sum(each > i for each in times) for i in range(times[0])])
+        kernels._call("om_loops", ctypes.addressof(step), ctypes.addressof(counts), times[0])
+        del kept, at, counts
+
     def coda(self, rows: Sequence[int], past: Sequence[int], ruled: Sequence[bool]) -> Tensor:
         """Logits (n, V) of what is kept."""
         logits = self._part(2, rows, past, None, ruled, None)

@@ -139,24 +139,50 @@ def test_a_whole_token_is_its_parts(attn_type: str) -> None:
     assert torch.equal(rest, parts)
 
 
+def several(runner: PlainRunner, times: tuple[int, ...]) -> list[Tensor]:
+    """What is left of so many loops of each row in one call, and one more of the first in another."""
+    runner.prelude(feed(runner, 0))
+    runner.loops(batch_of(0, [0] * 3, [0, 1, 2]), times)
+    runner.loops(batch_of(0, [times[0]], [0]), (1,))
+    return [runner.state.h[list(ROWS)], *(tensor[1:] for tensor in runner.pool.tensors.values())]
+
+
+@pytest.mark.parametrize("times", [(1, 1, 1), (2, 4, 1), (4, 3, 2)])
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_several_loops_of_a_call_are_those_of_many(attn_type: str, times: tuple[int, ...]) -> None:
+    model = build(attn_type, torch.float64, halting="off")
+    runner = make(model, PlainRows())
+    assert runner.stride == 4
+    assert apart(several(runner, times), several(make(model, None, plain=True), times)) < 1e-12
+
+
 class Interpreted(TritonRows, PlainRows):
     """The kernels themselves, without graphs, in small tiles: the interpreter takes a while for each."""
 
     def __init__(self) -> None:
         small = ("BLOCK_N", "BLOCK_K", "BLOCK_R", "BLOCK_C", "BLOCK_V")
-        tuning = {name: options | dict.fromkeys(small & options.keys(), 16) for name, options in _tuning().items()}
+        tuning = {
+            name: options | dict.fromkeys(small & options.keys(), 16) for name, options in _tuning().items()
+        }
         tuning["attend"]["SPLITS"] = 4
         super().__init__(tuning=tuning)
 
 
 def interpreted(attn_type: str, changes: str) -> float:
-    """How far the kernels are from the modules, on the CPU. TRITON_INTERPRET has to be set before Triton is imported."""
+    """How far kernels are from modules on the CPU, with TRITON_INTERPRET set before Triton is imported."""
     model = build(attn_type, torch.float32, **CHANGES[changes])
-    return apart(decode(make(model, Interpreted()), 1), decode(make(model, None, plain=True), 1))
+    runners = [make(model, rows, plain=rows is None) for rows in (Interpreted(), None)]
+    once, loops = (
+        [decode(runner, 1) for runner in runners],
+        [several(runner, (2, 1, 1)) for runner in runners],
+    )
+    return max(apart(*once), apart(*loops))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs kernels on the CPU")
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="needs Triton, whose interpreter runs kernels on the CPU"
+)
 @pytest.mark.skipif(
     tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4),
     reason="Triton's interpreter takes arrays of one element for numbers, which numpy 2.4 no longer does",
@@ -383,6 +409,20 @@ def test_the_engine_computes_where_its_model_is() -> None:
         assert engine.runner.reason is None
     ids = torch.tensor([[1, 2, 3]], device="cuda:1")
     assert result.tokens == generate(model, ids, 4, 3, 0)[0, 3:].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_several_loops_of_a_graph_are_those_of_many_to_the_bit(attn_type: str) -> None:
+    model = build(attn_type, torch.bfloat16, "cuda")
+    together, apart_ = make(model, None), make(model, None)
+    for times in ((2, 4, 1), (4, 3, 2), (2, 4, 1)):
+        found = several(together, times)
+        apart_.prelude(feed(apart_, 0))
+        PlainRunner.loops(apart_, batch_of(0, [0] * 3, [0, 1, 2]), times)
+        apart_.loop(batch_of(0, [times[0]], [0]))
+        wanted = [apart_.state.h[list(ROWS)], *(tensor[1:] for tensor in apart_.pool.tensors.values())]
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.gpu
