@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -185,16 +186,11 @@ def _ready(network: OpenMythos, where: torch.device, weights: str | None) -> Ope
 
 
 def _report(results: list[Result], requests: list[Request], network: OpenMythos) -> None:
-    from open_mythos.inference.requests import Depth
-
     for result, request in zip(results, requests, strict=True):
-        most = request.n_loops or network.cfg.max_loop_iters
-        line = f"{len(result.tokens)} tokens"
-        if result.loops:
-            line += f", {sum(result.loops) / len(result.loops):.2f} loops each, of {most}"
-        elif (depth := Depth.of(most, request.exit)).rule is None:
-            line += f", {depth.most} loops each"
-        print(line, file=sys.stderr)
+        # Each new token is what the token before it came to, of which the first one is the prompt's last.
+        spent = result.prompt_loops[-1:] + result.loops
+        mean, most = statistics.mean(spent), request.n_loops or network.cfg.max_loop_iters
+        print(f"{len(result.tokens)} tokens, {mean:.2f} of {most} loops each", file=sys.stderr)
 
 
 def _show(prompts: list[str], handles: list[Handle], tokenizer: MythosTokenizer) -> None:

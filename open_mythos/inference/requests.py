@@ -79,8 +79,9 @@ class Result:
         tokens: the new ones, the EOS included.
         reason: why there are no more.
         error: what failed, else None.
-        prompt_loops: loops that each token of the prompt spent, under an exit rule; otherwise empty.
-        loops: the same of the new tokens that were fed.
+        prompt_loops: loops that each token of the prompt has spent.
+        loops: the same of each new token that was fed: all but the last one. With drafts, of those that were kept; what
+            refused ones spent is not here.
     """
 
     tokens: list[int] = field(default_factory=list)

@@ -189,7 +189,7 @@ class Late:
 
     Attributes:
         runs: whose they are.
-        loops: spent by the token before each, under an exit rule; otherwise None.
+        loops: spent by the new token before each; None before the first.
         tokens: (n,), on the host once ``event`` has come.
         event: None: they are there.
     """

@@ -113,10 +113,10 @@ class Scheduler(Intake):
                 start, stop = piece_of(lane.run, self._chunk)
                 self.stats.prompt_tokens += stop - start
                 lane.run.fed, lane.run.served = stop, self._chunks
+                spent = [lane.most] * (stop - start) if loops is None else loops[i].tolist()
+                lane.run.handle.state.prompt_loops += spent
                 if stop == lane.run.checked.prompt.numel():
                     ends.append(i)
-            if loops is not None:
-                lanes[0].run.handle.state.prompt_loops += loops[0].tolist()
             if logits is not None:
                 some = logits if len(ends) == len(lanes) else logits[on_device(ends, logits.device)]
                 self._drawn([lanes[i] for i in ends], some)
@@ -350,7 +350,7 @@ class Scheduler(Intake):
             tokens = host.copy_(tokens, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        loops = [run.lanes[0].loops if run.drawn and run.depth.rule is not None else None for run in runs]
+        loops = [run.lanes[0].loops if run.drawn else None for run in runs]
         self._late.append(Late(runs, loops, tokens, event))
         for run in runs:
             run.next_token()
@@ -372,7 +372,7 @@ class Scheduler(Intake):
             for lane, token in zip(run.active, new[:count], strict=False):
                 if run.handle.done:
                     break
-                if run.depth.rule is not None and token >= 0:
+                if token >= 0:
                     run.handle.state.loops.append(lane.loops)
                 self._hand_out(run, token)
             if not run.handle.done:

@@ -83,15 +83,17 @@ def test_several_prompts_share_a_batch(saved: Path, capsys: pytest.CaptureFixtur
         for i, prompt in enumerate(("Once", "or more"))
     ]
     assert out == "\n\n".join(texts) + "\n"
-    assert err.splitlines() == [f"6 tokens, {LOOPS} loops each"] * 2
+    assert err.splitlines() == [f"6 tokens, {LOOPS}.00 of {LOOPS} loops each"] * 2
 
 
 def test_a_report_tells_the_loops_of_an_exit_rule(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("generate", saved, "--prompt", "Once", "--max-new-tokens", 6, "--exit", "state:100", "--report")
     _, err = run(capsys, *args)
-    assert err == f"6 tokens, 1.00 loops each, of {LOOPS}\n"
+    assert err == f"6 tokens, 1.00 of {LOOPS} loops each\n"
     _, err = run(capsys, *args[:-3], "--exit", "fixed:3", "--report")
-    assert err == "6 tokens, 3 loops each\n"
+    assert err == f"6 tokens, 3.00 of {LOOPS} loops each\n"
+    _, err = run(capsys, *args[:4], "--max-new-tokens", 1, "--report")
+    assert err == f"1 tokens, {LOOPS}.00 of {LOOPS} loops each\n"
 
 
 def test_any_number_of_prompts_may_wait(saved: Path) -> None:

@@ -83,6 +83,8 @@ def test_requests_of_all_depths_share_a_batch_and_see_nothing_of_it(
             whole = model(ids, DEPTHS[i])[0, len(prompt) - 1 : -1]
         assert (torch.stack(drawn[i]) - whole).abs().max() <= 1e-12
         assert result.tokens == generate(model, prompt[None], 9, DEPTHS[i], 0)[0, len(prompt) :].tolist()
+        assert result.prompt_loops == [DEPTHS[i]] * len(prompt)
+        assert result.loops == [DEPTHS[i]] * 8, "the last token is never fed"
 
 
 def test_prompts_of_one_chunk_may_be_padded_past_the_longest_context() -> None:
@@ -114,8 +116,7 @@ def test_exits_are_those_of_the_request_alone(
         answer = exits.forward(model, ids[:, :-1], rule, most[i])
         start = len(prompts[i]) - 1
         assert (torch.stack(drawn[i]) - answer.logits[0, start:]).abs().max() <= 1e-12
-        if type(rule) not in (exits.Fixed, exits.Never):
-            assert result.prompt_loops + result.loops == answer.loops[0].tolist()
+        assert result.prompt_loops + result.loops == answer.loops[0].tolist()
     if type(rule) not in (exits.Fixed, exits.Never):
         spent = [n for i in (0, 2, 3, 5) for n in results[i].loops]
         assert len(set(spent)) > 1, "the rule never made a difference"

@@ -53,6 +53,7 @@ def test_requests_with_and_without_drafts_share_a_batch(attn_type: str, determin
         assert engine.stats.free_pages == engine.stats.pages
     for prompt, new, depth, result in zip(prompts, news, depths, results, strict=True):
         assert result.tokens == alone(model, prompt, new, n_loops=depth)
+        assert (result.prompt_loops, result.loops) == ([depth] * len(prompt), [depth] * (new - 1))
     assert 0 < done.kept < done.drafted
 
 
@@ -110,6 +111,7 @@ def test_the_graphs_work_in_their_plain_version(attn_type: str) -> None:
         with Engine(model, max_rows=rows, runner=make) as engine:
             results = engine.generate(prompts, 12, temperature=0, speculate=Draft(2, 3))
             assert [r.tokens for r in results] == [alone(model, prompt, 12) for prompt in prompts]
+            assert [r.loops for r in results] == [[LOOPS] * 11] * len(prompts)
             assert engine.stats.done.drafted > engine.stats.done.kept
     assert {(4, True), (8, True)} <= set(served)  # drafts and checks of one request, and of two, at once
 
