@@ -137,7 +137,7 @@ class Dense(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Ids and targets, (B, S) → mean cross entropy."""
         config = self.config
-        width = config.qk_rope_head_dim if config.attn_type == "mla" else config.head_dim
+        width = config.rope_dim
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         ctx = SequenceContext(rope_table(positions, width, config.rope_theta))
         x = self.embed(ids)

@@ -6,6 +6,7 @@ E experts, F expert width, T loops, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -181,12 +182,9 @@ def kv_bytes_per_token(
         raise ValueError(f"policy = {policy!r} is not allowed: it must be 'every-loop' or 'last-loop'")
     if attn_type not in ("gqa", "mla"):
         raise ValueError(f"attn_type = {attn_type!r} is not allowed: it must be 'gqa' or 'mla'")
-    if attn_type == "gqa":
-        width = 2 * min(cfg.n_kv_heads, cfg.n_heads) * cfg.head_dim
-    else:
-        width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    each = sum(map(math.prod, cfg.cached_shapes(attn_type).values()))
     entries = cfg.prelude_layers + cfg.coda_layers + (loops if policy == "every-loop" else 1)
-    return entries * width * bytes_per_element
+    return entries * each * bytes_per_element
 
 
 def kv_table(

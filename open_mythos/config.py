@@ -194,6 +194,25 @@ class MythosConfig:
         return self.dim // self.n_heads
 
     @property
+    def rope_dim(self) -> int:
+        """Channels of a query or key that its position turns: all of a GQA head, those that MLA sets apart."""
+        return self.qk_rope_head_dim if self.attn_type == "mla" else self.head_dim
+
+    def cached_shapes(self, attn_type: str | None = None) -> dict[str, tuple[int, ...]]:
+        """What one token leaves in the cache of one layer, name → shape.
+
+        MLA keeps the latent and, beside it, the key channels with the position, which all heads share.
+
+        Args:
+            attn_type: ``"gqa"`` or ``"mla"`` instead of the config's own, its other sizes as they are.
+        """
+        if (self.attn_type if attn_type is None else attn_type) == "mla":
+            return {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,)}
+        # Only GQA's own configs have had their number of heads checked.
+        heads = (min(self.n_kv_heads, self.n_heads), self.head_dim)
+        return {"k": heads, "v": heads}
+
+    @property
     def dense_dim(self) -> int:
         """Hidden width of the dense feed-forward layers."""
         return self.ffn_dim if self.ffn_dim is not None else 4 * self.dim // 3

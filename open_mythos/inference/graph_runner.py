@@ -120,7 +120,7 @@ class GraphRunner(PlainRunner):
         self._watch: Watch | None = None
         self._listened = False
         cfg, weight = model.cfg, model.embed.weight
-        width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
+        width = cfg.rope_dim
         exponent = torch.arange(0, width, 2, device=weight.device, dtype=wide(weight.dtype)) / width
         self._inverse = cfg.rope_theta**-exponent
         # Also for rows in the middle of a token when the model has changed.

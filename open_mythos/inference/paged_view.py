@@ -147,10 +147,8 @@ def context(model: OpenMythos, view: PagedView) -> SequenceContext:
     if not view.even or (new > 1 and past):
         columns = torch.arange(view.columns, device=positions.device)
         mask = (columns <= positions.unsqueeze(-1)).unsqueeze(1)
-    width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
-    rope = rope_table(
-        positions[:1] if view.even else positions, width, cfg.rope_theta, model.embed.weight.dtype
-    )
+    turned = positions[:1] if view.even else positions
+    rope = rope_table(turned, cfg.rope_dim, cfg.rope_theta, model.embed.weight.dtype)
     penalty = None
     if cfg.alibi or cfg.previous_heads:
         slopes = cfg.alibi * 0.5 ** torch.arange(cfg.n_heads - cfg.previous_heads, device=positions.device)

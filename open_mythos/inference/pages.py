@@ -259,11 +259,7 @@ class PagePool:
 
 
 def _stored(cfg: MythosConfig, dtype: torch.dtype, entries: Entries | None) -> Entry:
-    """What is kept of one token in one layer, by name, (1, 1, …): the latent and the shared rope key, or keys and
-    values, or what ``entries`` makes of them.
-    """
-    widths: dict[str, tuple[int, ...]] = {"latent": (cfg.kv_lora_rank + cfg.qk_rope_head_dim,)}
-    if cfg.attn_type == "gqa":
-        widths = dict.fromkeys(("k", "v"), (cfg.n_kv_heads, cfg.head_dim))
-    plain = {name: torch.zeros(1, 1, *width, dtype=dtype, device="cpu") for name, width in widths.items()}
+    """What is kept of one token in one layer, by name, (1, 1, …), or what ``entries`` makes of it."""
+    shapes = cfg.cached_shapes()
+    plain = {name: torch.zeros(1, 1, *shape, dtype=dtype, device="cpu") for name, shape in shapes.items()}
     return plain if entries is None else entries.encode(plain)

@@ -165,7 +165,7 @@ class Decoder:
     def __init__(self, model: OpenMythos, plan: Plan, cache: KVCache, n_loops: int, count: int) -> None:
         cfg, batch, past = model.cfg, cache.batch_size or 0, cache.length
         self._model, self._plan, self._cache, self._fed = model, plan, cache, 0
-        self._width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
+        self._width = cfg.rope_dim
         seen = None if cache.segments is None else cache.segments == 0  # the document that is not padding
         # Named, because the default may be another device, and the kernel is about to read this memory.
         cpu = torch.device("cpu")
@@ -217,12 +217,8 @@ def _slots(
     names = [f"prelude_{i}" for i in range(cfg.prelude_layers)]
     names += [cache.policy.slot(t) for t in range(n_loops)]
     names += [f"coda_{i}" for i in range(cfg.coda_layers)]
-    if cfg.attn_type == "mla":
-        width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-        brings = {"latent": like.new_empty(1).expand(batch, new, width)}
-    else:
-        heads = like.new_empty(1).expand(batch, new, cfg.n_kv_heads, cfg.head_dim)
-        brings = {"k": heads, "v": heads}
+    one = like.new_empty(1)
+    brings = {name: one.expand(batch, new, *shape) for name, shape in cfg.cached_shapes().items()}
     slots = []
     for name in names:
         keys, *values = cache.reserve(name, brings).values()

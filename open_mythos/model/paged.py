@@ -72,7 +72,7 @@ class PagedDecoder:
         cfg = model.cfg
         self._model, self._plan, self._alive = model, plan, (tensors, table, kept)
         self._theta, self._vocab, self._numbering = cfg.rope_theta, cfg.vocab_size, numbering
-        self._width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
+        self._width = cfg.rope_dim
         keys, *values = tensors.values()
         self._pool = {"keys": keys.data_ptr(), "values": values[0].data_ptr() if values else None}
         self._token = keys[0, 0].numel()

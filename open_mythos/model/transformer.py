@@ -278,8 +278,7 @@ class OpenMythos(nn.Module):
         else:
             positions = mask.sum(-1).squeeze(1) - 1
         cfg = self.cfg
-        width = cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
-        rope = rope_table(positions, width, cfg.rope_theta, self.embed.weight.dtype)
+        rope = rope_table(positions, cfg.rope_dim, cfg.rope_theta, self.embed.weight.dtype)
         penalty = None
         if cfg.alibi or cfg.previous_heads:
             slopes = cfg.alibi * 0.5 ** torch.arange(cfg.n_heads - cfg.previous_heads, device=tokens.device)

@@ -168,6 +168,8 @@ def test_bytes_follow_the_formula_and_capacity_is_held_at_once() -> None:
             cache = KVCache(policy, capacity=20)
             model = build(attn_type)
             model(ids, 4, cache)
+            found = {name: tuple(x.shape[2:]) for name, x in cache.entries["prelude_0"].items()}
+            assert found == model.cfg.cached_shapes() == cfg.cached_shapes(attn_type)
             assert cache.nbytes == slots * 3 * S * width * 8
             assert cache.allocated_bytes == slots * 3 * 20 * width * 8
             held = {slot: entry.copy() for slot, entry in cache._buffers.items()}

@@ -71,6 +71,18 @@ def test_a_config_cannot_be_changed_but_replaced() -> None:
 def test_derived_sizes() -> None:
     cfg = MythosConfig(**EVERY_FIELD_CHANGED)
     assert (cfg.head_dim, cfg.dense_dim, cfg.shared_dim, cfg.cached_layers) == (16, 21, 0, 2)
+    sizes: dict[str, Any] = {
+        "dim": 64,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 8,
+    }
+    mla, gqa = (MythosConfig(attn_type=name, **sizes) for name in ("mla", "gqa"))
+    assert (mla.rope_dim, gqa.rope_dim) == (8, 16)
+    assert mla.cached_shapes() == gqa.cached_shapes("mla") == {"latent": (20,)}
+    assert gqa.cached_shapes() == mla.cached_shapes("gqa") == {"k": (2, 16), "v": (2, 16)}
+    assert mla.replace(n_kv_heads=9).cached_shapes("gqa")["k"] == (4, 16), "no more than there are heads"
     assert MythosConfig(dim=100, n_heads=5).dense_dim == 133
     assert MythosConfig(n_shared_experts=2, n_experts_per_tok=4, expert_dim=10).shared_dim == 80
 
