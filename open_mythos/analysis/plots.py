@@ -24,7 +24,7 @@ from open_mythos.analysis.style import (
     drawable,
     level,
     linear_ticks,
-    loop_ticks,
+    loop_axis,
     mpl,
     new_figure,
     styled,
@@ -89,8 +89,7 @@ def quality(evaluation: Record, *, title: str | None = None) -> Figure:
     share = evaluation["metric"] == "accuracy"
     figure, ax = new_figure((5.6, 3.9))
     every = sorted({n for split in splits.values() for n in split["loops"]})
-    ax.set_xscale("log", base=2)
-    low, high = every[0] / 1.15, every[-1] * 1.15
+    low, high = loop_axis(ax, every)
     most = evaluation.get("trained_max")
     if most is not None:
         ax.axvspan(low, most, color=SHADE, zorder=0)
@@ -113,12 +112,6 @@ def quality(evaluation: Record, *, title: str | None = None) -> Figure:
             color=COLOURS[i % len(COLOURS)],
             label=name,
         )
-    ax.set_xlim(low, high)
-    ticks = loop_ticks(every)
-    ax.xaxis.set_major_locator(ticker.FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
-    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.set_xlabel("loops at test time")
     if share:
         ax.set_ylabel("answers right")
         ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{100 * x:g} %"))

@@ -124,8 +124,28 @@ def colour_bar(figure: Figure, image: Any, ax: Any, label: str, percent: bool = 
     return bar
 
 
-def loop_ticks(loops: Sequence[int]) -> list[int]:
-    """Ticks of a logarithmic axis of loops: all of a few, else powers of two and the last."""
+def loop_axis(ax: Any, loops: Sequence[int]) -> tuple[float, float]:
+    """A logarithmic horizontal axis of the loops at test time.
+
+    Args:
+        ax: gets it.
+        loops: all that are shown, in rising order.
+
+    Returns:
+        Its limits, a little beyond the first and the last.
+    """
+    low, high = loops[0] / 1.15, loops[-1] * 1.15
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(low, high)
+    ax.xaxis.set_major_locator(ticker.FixedLocator(_loop_ticks(loops)))
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.set_xlabel("loops at test time")
+    return low, high
+
+
+def _loop_ticks(loops: Sequence[int]) -> list[int]:
+    """All of a few, else powers of two and the last."""
     few = list(loops)
     if len(few) <= 8:
         return few

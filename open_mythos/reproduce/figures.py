@@ -17,7 +17,7 @@ from open_mythos.analysis.style import (
     Figure,
     FigureCanvasAgg,
     above,
-    loop_ticks,
+    loop_axis,
     styled,
     ticker,
 )
@@ -98,18 +98,12 @@ def _line(ax: Any, records: Sequence[Record], level: str, index: int) -> None:
 def _dress(ax: Any, records: Sequence[Record], name: str) -> None:
     """Axes, the trained loops of the first arm as a shade, and a name."""
     every = sorted({n for record in records for n in record["measured"]["loops"]})
-    low, high = every[0] / 1.15, every[-1] * 1.15
-    ax.set_xscale("log", base=2)
+    low, high = loop_axis(ax, every)
     most = (records[0].get("loops") or {}).get("max")
     if most is not None and most < every[-1]:
         ax.axvspan(low, most, color=SHADE, zorder=0)
         above(ax, math.sqrt(low * most), "trained loops")
         above(ax, math.sqrt(most * high), "more")
-    ax.set_xlim(low, high)
-    ax.xaxis.set_major_locator(ticker.FixedLocator(loop_ticks(every)))
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
-    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.set_xlabel("loops at test time")
     if records[0]["measured"]["metric"] == "accuracy":
         ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{100 * y:g} %"))
         ax.set_ylim(top=1.02)

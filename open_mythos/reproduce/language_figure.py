@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from open_mythos.analysis.style import COLOURS, QUIET, Figure, loop_ticks, styled, ticker
+from open_mythos.analysis.style import COLOURS, QUIET, Figure, loop_axis, styled
 from open_mythos.reproduce.figures import panels
 from open_mythos.reproduce.targets import Record, by_arm, value
 
@@ -32,11 +32,12 @@ def draw(records: Sequence[Record], titles: Mapping[str, str], title: str) -> Fi
     styles = {
         arm: _style(looped.index(arm) if arm in looped else None, index) for index, arm in enumerate(arms)
     }
+    every = sorted({loops for record in records for loops in record["measured"]["loops"]})
     figure, axes = panels(2, (4.6, 3.6))
     for ax in axes:
         for arm, some in arms.items():
             _line(ax, [record["measured"] for record in some], styles[arm])
-        _dress(ax, records)
+        loop_axis(ax, every)
     axes[0].set_ylabel("bits per byte (lower is better)")
     low, high = _near(records)
     axes[1].set_ylim(low, high)
@@ -71,16 +72,6 @@ def _line(ax: Any, found: Sequence[Mapping[str, Any]], style: Mapping[str, Any])
 
 def _bits(measured: Mapping[str, Any]) -> list[float]:
     return [math.nan if bits is None else bits for bits in measured["curves"]["trained"]]
-
-
-def _dress(ax: Any, records: Sequence[Record]) -> None:
-    every = sorted({loops for record in records for loops in record["measured"]["loops"]})
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(every[0] / 1.15, every[-1] * 1.15)
-    ax.xaxis.set_major_locator(ticker.FixedLocator(loop_ticks(every)))
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
-    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.set_xlabel("loops at test time")
 
 
 def _near(records: Sequence[Record]) -> tuple[float, float]:
