@@ -37,9 +37,9 @@ from open_mythos.model import (
     RMSNorm,
     TransformerBlock,
 )
-from open_mythos.model.decode import changed_call
+from open_mythos.model.decode import changed_call, replaced_method
 from open_mythos.model.watch import Watch
-from open_mythos.rows.launch import TritonRows
+from open_mythos.rows.launch import SPLITS, TritonRows
 from open_mythos.rows.plain import Entries, Pages, PlainRows, wide
 
 __all__ = ["GraphRunner", "unserved"]
@@ -63,7 +63,21 @@ def unserved(model: OpenMythos, pool: PagePool) -> str | None:
         return "Triton is not installed"
     if pool.entries is not None:
         return "keys and values are kept in another form"
-    return _config_unserved(cfg) or _changed(model)
+    return _config_unserved(cfg) or _too_large(model, len(pool.table)) or _changed(model)
+
+
+def _too_large(model: OpenMythos, rows: int) -> str | None:
+    """What the kernels would have to count beyond 32 bits; experts and pages are counted in 64."""
+    cfg = model.cfg
+    most = (2**31 - 1) // (
+        cfg.n_heads * SPLITS * (cfg.kv_lora_rank if cfg.attn_type == "mla" else cfg.head_dim)
+    )
+    if 1 << (rows - 1).bit_length() > most:
+        return f"{rows} rows are more than the {most} whose attention the kernels can hold"
+    for name, p in model.named_parameters():
+        if p.numel() >= 2**31 and p.dim() < 3:
+            return f"{name} has {p.numel()} elements, and the kernels count to {2**31 - 1}"
+    return None
 
 
 def _config_unserved(cfg: MythosConfig) -> str | None:
@@ -107,6 +121,8 @@ class GraphRunner(PlainRunner):
 
     Attributes:
         reason: why the model's modules are called instead, or None.
+
+    Beside the cache, attention's parts take 4 bytes × rows × heads × 128 × latent rank (MLA) or head width.
     """
 
     page_size = 64
@@ -118,7 +134,7 @@ class GraphRunner(PlainRunner):
         super().__init__(model, pool, state)
         self._given = rows
         self._watch: Watch | None = None
-        self._listened = False
+        self._outside: tuple[bool, str | None] = False, None
         cfg, weight = model.cfg, model.embed.weight
         width = cfg.rope_dim
         exponent = torch.arange(0, width, 2, device=weight.device, dtype=wide(weight.dtype)) / width
@@ -129,10 +145,10 @@ class GraphRunner(PlainRunner):
 
     def refresh(self) -> None:
         """Look whether the model is still what was captured; capture anew if it is not."""
-        listened = _has_any_global_hook()
-        if self._watch is not None and self._watch.holds() and listened == self._listened:
+        outside = _has_any_global_hook(), replaced_method()
+        if self._watch is not None and self._watch.holds() and outside == self._outside:
             return
-        self._watch, self._listened = Watch(self.model, lambda each: isinstance(each, Tensor)), listened
+        self._watch, self._outside = Watch(self.model, lambda each: isinstance(each, Tensor)), outside
         plain = isinstance(self._given, PlainRows)
         self.reason = _config_unserved(self.model.cfg) if plain else unserved(self.model, self.pool)
         if self.reason is None:
@@ -356,7 +372,8 @@ class GraphRunner(PlainRunner):
         self._memory = graph.pool()
         self._graphs[key] = graph
         if len(self._graphs) > _GRAPHS:
-            self._graphs.popitem(last=False)
+            oldest, _ = self._graphs.popitem(last=False)
+            self._rounds.pop(oldest, None)
 
     def _beside(self) -> AbstractContextManager[Any]:
         """A branch of the graph that need not wait for what comes before :meth:`_join`."""

@@ -70,6 +70,14 @@ def changed_call(module: nn.Module) -> str | None:
     return f"has another method {own[0]!r}" if own else None
 
 
+def replaced_method() -> str | None:
+    """Which method of the model's classes is another one than when they were imported; None if none is."""
+    for kind, name, own in _ORIGINALS:
+        if getattr(kind, name) is not own:
+            return f"{kind.__name__}.{name} was replaced"
+    return None
+
+
 class _WatchedError(Exception):
     """The kernel would leave out something that this module does, or that the config asks for."""
 
@@ -119,9 +127,9 @@ def plan_of(model: OpenMythos) -> Plan | str:
     """What the kernel needs to stand in for the model's modules, or why they must be called."""
     if _has_any_global_hook():
         return "there are global hooks"
-    for kind, name, own in _ORIGINALS:
-        if getattr(kind, name) is not own:
-            return f"{kind.__name__}.{name} was replaced"
+    replaced = replaced_method()
+    if replaced is not None:
+        return replaced
     plan = _PLANS.get(model)
     if plan is None or not plan.holds():
         plan = _PLANS[model] = Plan(model)

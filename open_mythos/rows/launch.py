@@ -15,7 +15,10 @@ from torch import Tensor
 
 from open_mythos.rows.plain import Entries, Injection, Pages
 
-__all__ = ["TritonRows"]
+__all__ = ["SPLITS", "TritonRows"]
+
+SPLITS = 128
+"""Parts of a row's context, which are attended to side by side."""
 
 _LOG2_E = 1.4426950408889634  # the kernels take powers of two
 
@@ -35,7 +38,7 @@ def _tuning() -> dict[str, dict[str, int]]:
         "experts_out": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         "queries": {"BLOCK_R": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
         "route": {"BLOCK_K": 256, "num_warps": 4, "num_stages": 3},
-        "attend": {"SPLITS": 128, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
+        "attend": {"SPLITS": SPLITS, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
         "combine": {"BLOCK_V": 32, "num_warps": 4},
         "rows": {"num_warps": 4},
     }

@@ -290,6 +290,30 @@ def test_what_the_kernels_do_not_serve_runs_through_the_modules(name: str, value
     assert apart(decode(runner), decode(make(model, None, plain=True))) == 0
 
 
+@pytest.mark.parametrize(("rows", "served"), [(16, True), (2048, True), (2049, False)])
+def test_rows_whose_attention_is_beyond_32_bits_are_not_served(rows: int, served: bool) -> None:
+    from open_mythos.inference import graph_runner
+
+    found = graph_runner._too_large(build("mla", torch.float32, kv_lora_rank=1024), rows)
+    reason = f"{rows} rows are more than the {(2**31 - 1) // (6 * 128 * 1024)} whose attention the kernels can hold"
+    assert found == (None if served else reason)  # rows are rounded up to a power of two
+
+
+def test_a_method_that_somebody_replaced_is_seen_between_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from open_mythos.inference import graph_runner
+
+    runner = make(build("mla", torch.float64), PlainRows())
+    prepared: list[None] = []
+    monkeypatch.setattr(runner, "_prepare", lambda: prepared.append(None))
+    runner.refresh()
+    assert prepared == []
+    monkeypatch.setattr(graph_runner.MoEFFN, "forward", lambda self, x: x)
+    runner.refresh()
+    assert prepared == [None]
+    runner.refresh()
+    assert prepared == [None]
+
+
 def test_without_a_gpu_the_reason_is_given() -> None:
     runner = make(build("gqa", torch.float32), None)
     assert isinstance(runner, GraphRunner)
