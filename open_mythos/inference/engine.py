@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.inference.checks import check_whole
 from open_mythos.inference.exit_rules import Rule
-from open_mythos.inference.generate import _whole
 from open_mythos.inference.kernel_runner import KernelRunner
 from open_mythos.inference.pages import Entries, Layers, PagePool
 from open_mythos.inference.requests import Checked, Handle, QueueFull, Request, RequestError, Result, check
@@ -128,8 +128,8 @@ class Engine:
             "coda_every": coda_every,
         }
         for name, value in limits.items():
-            _whole(name, value, 1, None)
-        _whole("max_context", self.max_context, 1, cfg.max_seq_len)
+            check_whole(name, value, 1)
+        check_whole("max_context", self.max_context, 1, cfg.max_seq_len)
         layers = Layers(cfg.prelude_layers, self.max_loops, cfg.coda_layers, isinstance(policy, LastLoop))
         pages = self._pages(model, layers, max_rows, page_size, cache_bytes, entries)
         self.pool = PagePool(
@@ -184,7 +184,7 @@ class Engine:
             wanted = max(rows * one, layers.count) * -(-self.max_context // page_size)
             return max(1, min(wanted, most // each))
         least = each * len(layers.needed(1))
-        _whole("cache_bytes", cache_bytes, least, None)
+        check_whole("cache_bytes", cache_bytes, least)
         return cache_bytes // each
 
     # Asking for something.

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.inference.exit_rules import Rule, Seen, positive
+from open_mythos.inference.checks import check_positive, check_whole
+from open_mythos.inference.exit_rules import Rule, Seen
 from open_mythos.model import OpenMythos
 from open_mythos.model.transformer import evaluating
 
@@ -73,7 +74,7 @@ class Learned(Rule):
             raise ValueError(
                 f"gate = {self.gate!r} is not allowed: it must be a Gate, such as fit(model, ...) gives"
             )
-        positive("price", self.price)
+        check_positive("price", self.price)
 
     def check(self, model: OpenMythos) -> None:
         """Also refuse a gate of another width."""
@@ -114,8 +115,7 @@ def fit(
     Raises:
         ValueError: depth is below 2, or there is no batch.
     """
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 2:
-        raise ValueError(f"depth = {depth!r} is not allowed: it must be a whole number of at least 2")
+    check_whole("depth", depth, 2)
     with evaluating(model):
         parts = [_trajectory(model, batch, depth) for batch in batches]
     if not parts:

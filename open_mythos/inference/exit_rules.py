@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from open_mythos.inference.checks import check_positive, check_whole
 from open_mythos.inference.exit_cache import Group
 from open_mythos.model import OpenMythos
 
@@ -99,9 +99,9 @@ class Rule:
     max_loops: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("min_loops", self.min_loops)
+        check_whole("min_loops", self.min_loops, 1)
         if self.max_loops is not None:
-            _whole("max_loops", self.max_loops)
+            check_whole("max_loops", self.max_loops, 1)
             if self.max_loops < self.min_loops:
                 raise ValueError(
                     f"max_loops = {self.max_loops!r} is not allowed: it must be at least min_loops ({self.min_loops})"
@@ -149,7 +149,7 @@ class Fixed(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("loops", self.loops)
+        check_whole("loops", self.loops, 1)
 
     def limit(self, n_loops: int) -> int:
         """As many, or fewer where the call allows no more."""
@@ -174,7 +174,7 @@ class ACT(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("threshold", self.threshold, 1)
+        check_positive("threshold", self.threshold, 1)
 
     def check(self, model: OpenMythos) -> None:
         """Also refuse a model whose halting head was never trained."""
@@ -204,7 +204,7 @@ class StateChange(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("tolerance", self.tolerance)
+        check_positive("tolerance", self.tolerance)
 
     def leaves(self, seen: Seen) -> Tensor:
         """Those that moved no more than the tolerance."""
@@ -226,7 +226,7 @@ class Predicting(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("every", self.every)
+        check_whole("every", self.every, 1)
         if self.reads not in ("coda", "head"):
             raise ValueError(f"reads = {self.reads!r} is not allowed: it must be 'coda' or 'head'")
 
@@ -252,7 +252,7 @@ class PredictionChange(Predicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("tolerance", self.tolerance)
+        check_positive("tolerance", self.tolerance)
 
     @property
     def ahead(self) -> int:
@@ -282,7 +282,7 @@ class SamePrediction(Predicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("patience", self.patience)
+        check_whole("patience", self.patience, 1)
 
     @property
     def ahead(self) -> int:
@@ -326,7 +326,7 @@ class Confidence(Predicting):
             raise ValueError(
                 f"measure = {self.measure!r} is not allowed: it must be 'top', 'margin' or 'entropy'"
             )
-        positive("threshold", self.threshold, math.inf if self.measure == "entropy" else 1)
+        check_positive("threshold", self.threshold, math.inf if self.measure == "entropy" else 1)
 
     def leaves(self, seen: Seen) -> Tensor:
         """Those that are sure enough."""
@@ -343,16 +343,3 @@ class Confidence(Predicting):
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} = {value!r} is not allowed: it must be a whole number of at least 1")
-
-
-def positive(name: str, value: object, high: float = math.inf) -> None:
-    """Refuse what is not a finite number above zero and at most ``high``."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= high or value == math.inf:  # type: ignore[operator]
-        most = "a finite number" if high == math.inf else f"at most {high:g}"
-        raise ValueError(f"{name} = {value!r} is not allowed: it must be above 0 and {most}")

@@ -5,21 +5,22 @@ Shape letters: B batch, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from open_mythos.config import MythosConfig
+from open_mythos.inference.checks import check_prompt, check_range, check_sampling, check_whole
 from open_mythos.inference.exit_cache import ExitCache
 from open_mythos.inference.exits import LoopReport, Rule, check_rule, forward
 from open_mythos.inference.sampling import Settings, sample
 from open_mythos.inference.speculative import Draft, check_draft, drafted
 from open_mythos.model import KVCache, LoopPolicy, OpenMythos
 from open_mythos.model.decode import Decoder
+from open_mythos.model.inputs import TOKEN_DTYPES
 from open_mythos.model.transformer import evaluating
 
 __all__ = ["generate", "sample", "stream"]
@@ -121,12 +122,12 @@ def _settings(
 ) -> Settings:
     cfg = model.cfg
     n_loops = cfg.max_loop_iters if n_loops is None else n_loops
-    _check_sampling(temperature, top_k, top_p, seed)
-    _whole("n_loops", n_loops, 1, None)
-    _whole("max_new_tokens", max_new_tokens, 0, cfg.max_output_tokens)
+    check_sampling(temperature, top_k, top_p, seed)
+    check_whole("n_loops", n_loops, 1)
+    check_whole("max_new_tokens", max_new_tokens, 0, cfg.max_output_tokens)
     eos = cfg.eos_token_id if eos_token_id is None else eos_token_id
     if eos is not None:
-        _whole("eos_token_id", eos, 0, cfg.vocab_size - 1)
+        check_whole("eos_token_id", eos, 0, cfg.vocab_size - 1)
     longest = ids.shape[1] + max_new_tokens - 1
     if longest > cfg.max_seq_len:
         room = cfg.max_seq_len - ids.shape[1] + 1
@@ -261,17 +262,15 @@ def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[
             raise ValueError(
                 "attention_mask is not allowed with a list of prompts: their lengths say what is padding"
             )
-        ids, mask = _pad_left(prompts, device, model.cfg.pad_token_id or 0)
-        _check_range(ids, model.cfg.vocab_size)
-        return ids, mask
-    if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
+        return _pad_left(prompts, device, model.cfg)
+    if prompts.dim() != 2 or prompts.dtype not in TOKEN_DTYPES:
         raise ValueError(
             f"input_ids must be int64 or int32 of shape (B, S), got {prompts.dtype} of shape {tuple(prompts.shape)}"
         )
     ids = prompts.to(device, torch.int64)
     if ids.numel() == 0:
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}: every prompt must hold at least one token")
-    _check_range(ids, model.cfg.vocab_size)
+    check_range("input_ids", ids, model.cfg.vocab_size)
     if mask is None:
         return ids, None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
@@ -286,28 +285,8 @@ def _prompts(model: OpenMythos, prompts: Prompts, mask: Tensor | None) -> tuple[
     return ids, None if bool(mask.all()) else mask
 
 
-def _check_range(ids: Tensor, vocab_size: int) -> None:
-    low, high = (int(x) for x in torch.aminmax(ids))
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise ValueError(f"input_ids contains {bad}: it must be 0 to vocab_size - 1 ({vocab_size - 1})")
-
-
-def _check_prompt(i: int, prompt: object) -> None:
-    if isinstance(prompt, Tensor):
-        fits = prompt.dim() == 1 and prompt.dtype in (torch.int64, torch.int32)
-    else:
-        fits = isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt)
-    if not fits:
-        raise ValueError(
-            f"input_ids[{i}] = {prompt!r} is not allowed: a prompt must be a list of ids or a 1-D tensor"
-        )
-    if len(prompt) == 0:  # type: ignore[arg-type]
-        raise ValueError(f"input_ids[{i}] is empty: every prompt must hold at least one token")
-
-
 def _pad_left(
-    prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device, pad: int
+    prompts: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device, cfg: MythosConfig
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(prompts, (list, tuple)):
         raise ValueError(
@@ -315,40 +294,12 @@ def _pad_left(
         )
     if not prompts:
         raise ValueError("input_ids is an empty list: give at least one prompt")
-    for i, prompt in enumerate(prompts):
-        _check_prompt(i, prompt)
-    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
+    checked = [check_prompt(f"input_ids[{i}]", prompt, cfg.vocab_size) for i, prompt in enumerate(prompts)]
+    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in checked]
     width = max(row.numel() for row in rows)
-    ids = torch.full((len(rows), width), pad, dtype=torch.int64, device=device)
+    ids = torch.full((len(rows), width), cfg.pad_token_id or 0, dtype=torch.int64, device=device)
     mask = torch.zeros((len(rows), width), dtype=torch.bool, device=device)
     for i, row in enumerate(rows):
         ids[i, width - row.numel() :] = row
         mask[i, width - row.numel() :] = True
     return ids, mask
-
-
-def _whole(name: str, value: object, low: int, high: int | None) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral)
-        or value < low
-        or (high is not None and int(value) > high)
-    ):
-        allowed = f"at least {low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name} = {value!r} is not allowed: it must be a whole number, {allowed}")
-
-
-def _check_sampling(temperature: object, top_k: object, top_p: object, seed: object) -> None:
-    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not number or not 0 <= temperature < math.inf:  # type: ignore[operator]
-        raise ValueError(
-            f"temperature = {temperature!r} is not allowed: it must be a finite number of at least 0"
-        )
-    if top_k is not None:
-        _whole("top_k", top_k, 0, None)
-    if top_p is not None:
-        number = isinstance(top_p, (int, float)) and not isinstance(top_p, bool)
-        if not number or not 0 < top_p <= 1:  # type: ignore[operator]
-            raise ValueError(f"top_p = {top_p!r} is not allowed: it must be above 0 and at most 1, or None")
-    if seed is not None:
-        _whole("seed", seed, 0, 2**63 - 1)

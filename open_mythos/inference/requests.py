@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from open_mythos.inference.checks import check_prompt, check_sampling, check_whole
 from open_mythos.inference.exit_rules import ACT, Fixed, Never, Predicting, Rule, StateChange
 from open_mythos.inference.exits import Learned, check_rule
-from open_mythos.inference.generate import _check_sampling, _whole
 from open_mythos.inference.speculative import Draft, check_draft
 from open_mythos.model import LoopPolicy, OpenMythos
 
@@ -151,14 +151,15 @@ def check(
     if not isinstance(request, Request):
         raise ValueError(f"request must be a Request, got {type(request).__name__}")
     cfg = model.cfg
-    prompt = _prompt(request.prompt, cfg.vocab_size)
-    _check_sampling(request.temperature, request.top_k, request.top_p, request.seed)
+    ids = check_prompt("prompt", request.prompt, cfg.vocab_size)
+    prompt = torch.as_tensor(ids, dtype=torch.int64, device="cpu").clone()
+    check_sampling(request.temperature, request.top_k, request.top_p, request.seed)
     n_loops = cfg.max_loop_iters if request.n_loops is None else request.n_loops
-    _whole("n_loops", n_loops, 1, max_loops)
-    _whole("max_new_tokens", request.max_new_tokens, 1, cfg.max_output_tokens)
+    check_whole("n_loops", n_loops, 1, max_loops)
+    check_whole("max_new_tokens", request.max_new_tokens, 1, cfg.max_output_tokens)
     eos = cfg.eos_token_id if request.eos_token_id is None else request.eos_token_id
     if eos is not None:
-        _whole("eos_token_id", eos, 0, cfg.vocab_size - 1)
+        check_whole("eos_token_id", eos, 0, cfg.vocab_size - 1)
     if request.exit is not None:
         check_rule(request.exit, model)
     if request.speculate is not None:
@@ -177,24 +178,6 @@ def check(
     if seed is None and request.temperature != 0:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     return Checked(request, prompt, Depth.of(int(n_loops), request.exit), eos, seed)
-
-
-def _prompt(prompt: object, vocab_size: int) -> Tensor:
-    """Ids (S,) int64 on the host."""
-    if isinstance(prompt, Tensor):
-        fits = prompt.dim() == 1 and prompt.dtype in (torch.int64, torch.int32)
-    else:
-        fits = isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt)
-    if not fits:
-        raise ValueError(f"prompt = {prompt!r} is not allowed: it must be a list of ids or a 1-D tensor")
-    ids: Any = prompt
-    if len(ids) == 0:
-        raise ValueError("prompt is empty: it must hold at least one token")
-    low, high = (min(ids), max(ids)) if isinstance(ids, (list, tuple)) else torch.aminmax(ids)
-    if low < 0 or high >= vocab_size:
-        bad = int(low if low < 0 else high)
-        raise ValueError(f"prompt contains {bad}: it must be 0 to vocab_size - 1 ({vocab_size - 1})")
-    return torch.as_tensor(ids, dtype=torch.int64, device="cpu").clone()
 
 
 class Driver(Protocol):

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.inference.checks import check_whole
 from open_mythos.inference.exit_cache import ExitCache
 from open_mythos.inference.exit_loop import Thinking
 from open_mythos.inference.exit_rules import Rule
@@ -51,12 +51,8 @@ class Draft:
     tokens: int
 
     def __post_init__(self) -> None:
-        fields: dict[str, object] = {"loops": self.loops, "tokens": self.tokens}
-        for name, value in fields.items():
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(
-                    f"Draft.{name} = {value!r} is not allowed: it must be a whole number of at least 1"
-                )
+        check_whole("Draft.loops", self.loops, 1)
+        check_whole("Draft.tokens", self.tokens, 1)
 
 
 def accept_likeliest(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Shape letters: B batch, S new tokens, C context tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from open_mythos.model.cache import CacheError, KVCache
 
-__all__ = ["check_ids", "check_loops", "segments", "visibility"]
+__all__ = ["TOKEN_DTYPES", "check_ids", "check_loops", "check_range", "segments", "visibility"]
+
+TOKEN_DTYPES = (torch.int64, torch.int32)
+"""Of token ids."""
 
 
 def check_loops(n_loops: object) -> int:
@@ -26,7 +30,7 @@ def check_loops(n_loops: object) -> int:
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     """Shape, dtype and, where reading them costs no device synchronisation, values."""
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in TOKEN_DTYPES:
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"input_ids must be an int64 or int32 tensor of shape (B, S), got {got}")
     if ids.numel() == 0:
@@ -34,10 +38,15 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
             f"input_ids has shape {tuple(ids.shape)}: it must hold at least one token in each row"
         )
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in torch.aminmax(ids))
-        if low < 0 or high >= vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"input_ids contains {bad}: it must be 0 to vocab_size - 1 ({vocab_size - 1})")
+        check_range("input_ids", ids, vocab_size)
+
+
+def check_range(name: str, ids: Tensor | Sequence[int], vocab_size: int) -> None:
+    """Refuse ids that are not of the vocabulary; there is at least one. Reads a tensor's device."""
+    low, high = (int(x) for x in (torch.aminmax(ids) if isinstance(ids, Tensor) else (min(ids), max(ids))))
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"{name} contains {bad}: it must be 0 to vocab_size - 1 ({vocab_size - 1})")
 
 
 def segments(

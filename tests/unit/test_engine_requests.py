@@ -501,7 +501,7 @@ def test_a_bad_request_is_refused_before_it_is_queued(name: str) -> None:
     [
         ({"max_rows": 0}, "max_rows = 0 is not allowed"),
         ({"page_size": True}, "page_size = True is not allowed"),
-        ({"cache_bytes": 100}, "cache_bytes = 100 is not allowed: it must be a whole number, at least"),
+        ({"cache_bytes": 100}, "cache_bytes = 100 is not allowed: it must be a whole number of at least"),
         ({"max_context": 41}, "max_context = 41 is not allowed: it must be a whole number, 1 to 40"),
         ({"policy": "last"}, "policy = 'last' is not allowed"),
         ({"coda_every": 0}, "coda_every = 0 is not allowed"),
