@@ -15,6 +15,7 @@ Shape letters: n rows of a call, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -43,6 +44,8 @@ from open_mythos.inference.sampler import draw
 from open_mythos.model import OpenMythos
 
 __all__ = ["Scheduler", "Stats"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -427,6 +430,10 @@ class Scheduler(Intake):
                 if len(group) == 1:
                     self._end(group[0].run, "failed", error)
                 else:
+                    if not self.stats.retried:  # one that fails alone is told to whoever asked
+                        _log.warning(
+                            "%d rows failed together, and are tried one by one: %r", len(group), error
+                        )
                     self.stats.retried += 1
                     todo += [[lane] for lane in group]
         return done

@@ -156,7 +156,9 @@ def test_a_request_fails_alone() -> None:
     assert empty(engine)
 
 
-def test_logits_that_are_not_finite_and_a_batch_that_raises_cost_one_request() -> None:
+def test_logits_that_are_not_finite_and_a_batch_that_raises_cost_one_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = build()
     engine = engine_of(model, max_rows=3, runner=Poisoned)
     handles = [engine.submit(Request([i, 2], 12, 3, seed=i, top_k=None)) for i in range(9)]
@@ -172,6 +174,8 @@ def test_logits_that_are_not_finite_and_a_batch_that_raises_cost_one_request() -
         reasons |= {*bad[:1], result.reason}
     assert reasons == {13, 17, "failed", "length"}
     assert engine.stats.done.retried > 0
+    (told,) = [record.getMessage() for record in caplog.records if "failed together" in record.getMessage()]
+    assert "rows failed together, and are tried one by one: RuntimeError(" in told
     assert empty(engine)
     assert all(bool((tensor[1:] == 0).all()) for tensor in engine.pool.tensors.values())
 
