@@ -76,21 +76,25 @@ class _Stream(ABC):
 
     Args:
         batch_size: B.
+        seed: at least 0.
         rank: which rows of each batch to give: the rank-th of ``size`` equal contiguous parts.
         size: number of ranks; divides B.
         prefetch: batches to make ahead; 0 makes each when it is asked for.
         workers: threads that make them.
     """
 
-    def __init__(self, batch_size: int, rank: int, size: int, prefetch: int = 0, workers: int = 1) -> None:
+    def __init__(
+        self, batch_size: int, seed: int, rank: int, size: int, prefetch: int = 0, workers: int = 1
+    ) -> None:
         check_integer("batch_size", batch_size, 1)
+        check_integer("seed", seed, 0)
         check_integer("size", size, 1)
         check_integer("rank", rank, 0, size - 1)
         check_integer("prefetch", prefetch, 0)
         check_integer("workers", workers, 1)
         if batch_size % size:
             raise ValueError(f"batch_size={batch_size}; allowed is a multiple of the number of ranks, {size}")
-        self.batch_size, self.rank, self.size = batch_size, rank, size
+        self.batch_size, self.seed, self.rank, self.size = batch_size, seed, rank, size
         self._prefetch, self._workers = prefetch, workers
         self._position = 0
         self._pool: ThreadPoolExecutor | None = None
@@ -123,9 +127,12 @@ class _Stream(ABC):
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def _move(self, position: int) -> None:
+    def _resume(self, state: Mapping[str, Any], position: str) -> None:
+        """Take the seed of a state and the position under this name, if both are right."""
+        check_integer(position, state[position], 0)
+        check_integer("seed", state["seed"], 0)
         self.close()
-        self._position = position
+        self._position, self.seed = state[position], state["seed"]
 
     def _ahead(self) -> dict[str, Tensor] | None:
         if self._pool is None:
@@ -178,12 +185,10 @@ class PackedDataset(_Stream):
         prefetch: int = 0,
         workers: int = 1,
     ) -> None:
-        super().__init__(batch_size, rank, size, prefetch, workers)
-        check_integer("seed", seed, 0)
+        super().__init__(batch_size, seed, rank, size, prefetch, workers)
         if epochs is not None:
             check_integer("epochs", epochs, 1)
         self.blocks = blocks
-        self.seed = seed
         self.shuffle = shuffle
         self.apart = apart
         self.epochs = epochs
@@ -250,10 +255,7 @@ class PackedDataset(_Stream):
             raise ValueError(
                 f"shuffle={state['shuffle']!r} in the state; allowed is {self.shuffle!r}, as constructed"
             )
-        check_integer("samples", state["samples"], 0)
-        check_integer("seed", state["seed"], 0)
-        self._move(state["samples"])
-        self.seed = state["seed"]
+        self._resume(state, "samples")
 
 
 class TaskStream(_Stream):
@@ -286,15 +288,13 @@ class TaskStream(_Stream):
         size: int = 1,
         **difficulty: Level,
     ) -> None:
-        super().__init__(batch_size, rank, size)
-        check_integer("seed", seed, 0)
+        super().__init__(batch_size, seed, rank, size)
         check_choice("split", split, SPLIT_SHARES)
         if steps is not None:
             check_integer("steps", steps, 1)
         # Wrong difficulties are told here, not at the first step of a run.
         task.sample(1, generator=seeded_generator(0), split=split, **difficulty)
         self.task = task
-        self.seed = seed
         self.split = split
         self.steps = steps
         self.difficulty = difficulty
@@ -338,10 +338,7 @@ class TaskStream(_Stream):
                 raise ValueError(
                     f"{name}={state[name]!r} in the state; allowed is {own[name]!r}, as constructed"
                 )
-        check_integer("step", state["step"], 0)
-        check_integer("seed", state["seed"], 0)
-        self._move(state["step"])
-        self.seed = state["seed"]
+        self._resume(state, "step")
 
 
 def _check_fields(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:

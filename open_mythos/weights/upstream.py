@@ -103,9 +103,7 @@ def from_upstream_state_dict(state: Mapping[str, Tensor], cfg: MythosConfig) -> 
     out: State = {"embed.weight": state["embed.weight"].clone(), "norm.weight": state["norm.weight"].clone()}
     for theirs, ours in layers(cfg):
         out |= block_in(under(state, theirs), cfg, ours, moe=theirs == "recurrent.block")
-    for name, tensor in state.items():
-        if name.startswith("recurrent.") and not name.startswith("recurrent.block."):
-            out[name] = tensor.clone()
+    out |= _around_the_block(state)
     return out
 
 
@@ -126,9 +124,7 @@ def to_upstream_state_dict(model: OpenMythos, rope_tables: bool = True) -> State
     out: State = {"embed.weight": embed, "head.weight": embed, "norm.weight": state["norm.weight"].clone()}
     for theirs, ours in layers(cfg):
         out |= block_out(under(state, ours), cfg, theirs, moe=theirs == "recurrent.block")
-    for name, tensor in state.items():
-        if name.startswith("recurrent.") and not name.startswith("recurrent.block."):
-            out[name] = tensor.clone()
+    out |= _around_the_block(state)
     if rope_tables:
         for name, width in zip(_ROPE_TABLES, (cfg.head_dim, cfg.qk_rope_head_dim), strict=True):
             out[name] = _rope_table(width, cfg.max_seq_len, cfg.rope_theta)
@@ -312,6 +308,15 @@ def _rope_table(width: int, length: int, theta: float) -> Tensor:
     frequencies = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def _around_the_block(state: Mapping[str, Tensor]) -> State:
+    """Tensors of the looped part that lie outside its block, copied; their names and layout are the same."""
+    return {
+        name: tensor.clone()
+        for name, tensor in state.items()
+        if name.startswith("recurrent.") and not name.startswith("recurrent.block.")
+    }
 
 
 # Checks.
