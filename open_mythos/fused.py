@@ -54,7 +54,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
         y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        kernels._call("om_norm", x, weight, eps, scale.numel(), width, torch.get_num_threads(), y, scale)
+        kernels.call("om_norm", x, weight, eps, scale.numel(), width, torch.get_num_threads(), y, scale)
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
         return y
@@ -70,7 +70,7 @@ class _Norm(torch.autograd.Function):
             return (*_plainly(operators, (x, weight), (grad,)), None)
         grad, width, threads = grad.contiguous(), x.shape[-1], torch.get_num_threads()
         dx, dw, room = torch.empty_like(x), torch.empty_like(weight), x.new_empty(threads * width)
-        kernels._call("om_norm_back", grad, x, weight, scale, scale.numel(), width, threads, room, dx, dw)
+        kernels.call("om_norm_back", grad, x, weight, scale, scale.numel(), width, threads, room, dx, dw)
         return dx, dw, None
 
 
@@ -84,7 +84,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor | None) -> Tensor:
         hidden = x.shape[-1] // 2
         y = x.new_empty(*x.shape[:-1], hidden)
-        kernels._call("om_gate", x, weights, y.numel() // hidden, hidden, torch.get_num_threads(), y)
+        kernels.call("om_gate", x, weights, y.numel() // hidden, hidden, torch.get_num_threads(), y)
         ctx.save_for_backward(x, weights)
         return y
 
@@ -102,7 +102,7 @@ class _Gate(torch.autograd.Function):
             return (*_plainly(operators, inputs, (grad,)), None)[:2]
         grad, hidden, dx = grad.contiguous(), x.shape[-1] // 2, torch.empty_like(x)
         d_weights = None if weights is None else torch.empty_like(weights)
-        kernels._call(
+        kernels.call(
             *("om_gate_back", grad, x, weights, grad.numel() // hidden, hidden),
             *(torch.get_num_threads(), dx, d_weights),
         )
@@ -118,7 +118,7 @@ def gather_sum(rows: Tensor, place: Tensor, k: int) -> Tensor:
     """Σ_i rows[place[n·k + i]], without gradients; (N·k, D), (N·k,) → (N, D)."""
     width = rows.shape[1]
     out = rows.new_empty(rows.shape[0] // k, width)
-    kernels._call("om_gather_sum", rows, place, len(out), k, width, torch.get_num_threads(), out)
+    kernels.call("om_gather_sum", rows, place, len(out), k, width, torch.get_num_threads(), out)
     return out
 
 
@@ -130,7 +130,7 @@ def _rope_of(rope: Tensor, x: Tensor) -> tuple[int, int, int]:
 def _turn(x: Tensor, rope: Tensor, sign: float) -> Tensor:
     batch, length, heads, width = x.shape
     turned, out = rope.shape[-1], torch.empty_like(x)
-    kernels._call(
+    kernels.call(
         *("om_turn_heads", x, rope, *_rope_of(rope, x), sign, batch * length, heads),
         *(width - turned, turned, torch.get_num_threads(), out),
     )
@@ -166,7 +166,7 @@ class _Keys(torch.autograd.Function):
         )
         ctx.sizes = (batch * length, heads, nope, rope, both - nope)
         ctx.shape = kv.shape
-        kernels._call("om_keys", kv, shared, *ctx.sizes, torch.get_num_threads(), k, v)
+        kernels.call("om_keys", kv, shared, *ctx.sizes, torch.get_num_threads(), k, v)
         return k, v
 
     @staticmethod
@@ -176,7 +176,7 @@ class _Keys(torch.autograd.Function):
             return torch.cat((d_k[..., :nope], d_v), -1), d_k[..., nope:].sum(2), None
         d_k, d_v = d_k.contiguous(), d_v.contiguous()
         d_kv, d_shared = d_k.new_empty(ctx.shape), d_k.new_empty(*ctx.shape[:2], rope)
-        kernels._call("om_keys_back", d_k, d_v, *ctx.sizes, torch.get_num_threads(), d_kv, d_shared)
+        kernels.call("om_keys_back", d_k, d_v, *ctx.sizes, torch.get_num_threads(), d_kv, d_shared)
         return d_kv, d_shared, None
 
 
@@ -208,7 +208,7 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _room(q: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int, int, Tensor]:
     """Sizes, threads, and a room for each thread."""
     (batch, length, heads, width), value, threads = q.shape, v.shape[-1], torch.get_num_threads()
-    own = kernels._call("om_causal_room", length, width, value)
+    own = kernels.call("om_causal_room", length, width, value)
     return batch, length, heads, width, value, threads, own, q.new_empty(threads * own)
 
 
@@ -216,7 +216,7 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         y, sums = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
-        kernels._call("om_causal", q, k, v, scale, *_room(q, v), y, sums)
+        kernels.call("om_causal", q, k, v, scale, *_room(q, v), y, sums)
         ctx.save_for_backward(q, k, v, y, sums)
         ctx.scale = scale
         return y
@@ -234,7 +234,7 @@ class _Causal(torch.autograd.Function):
 
             return (*_plainly(operators, (q, k, v), (grad,)), None)
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        kernels._call("om_causal_back", grad.contiguous(), q, k, v, y, sums, ctx.scale, *_room(q, v), *grads)
+        kernels.call("om_causal_back", grad.contiguous(), q, k, v, y, sums, ctx.scale, *_room(q, v), *grads)
         return (*grads, None)
 
 

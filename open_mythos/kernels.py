@@ -39,6 +39,7 @@ __all__ = [
     "Matrix",
     "Slot",
     "Step",
+    "call",
     "disabled",
     "readable",
     "serves",
@@ -305,7 +306,8 @@ def fit(*tensors: Tensor) -> bool:
     return all(readable(tensor) for tensor in tensors) and _load() is not None
 
 
-def _call(name: str, *arguments: Tensor | float | None) -> int:
+def call(name: str, *arguments: Tensor | float | None) -> int:
+    """Run a function of the C library, which is loaded: somebody has asked :func:`serves` or :func:`fit`."""
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     return int(getattr(_library, name)(*values))
 
@@ -347,7 +349,7 @@ class Call:
         if context > self._context:
             self._context, floats = context + 64, ctypes.c_int64()
             step.C = self._context
-            _call("om_room", ctypes.addressof(step), ctypes.addressof(floats))
+            call("om_room", ctypes.addressof(step), ctypes.addressof(floats))
             self._kept["room"] = room = torch.empty(floats.value, dtype=torch.float32, device="cpu")
             step.room, step.C = room.data_ptr(), context
         ids = ids.to(torch.int64).contiguous()
@@ -355,7 +357,7 @@ class Call:
         step.ids, step.logits = ids.data_ptr(), logits.data_ptr()
         rope = step.rope
         step.rope = rope + 4 * rope_from
-        _call("om_step", ctypes.addressof(step))
+        call("om_step", ctypes.addressof(step))
         step.rope = rope
         return logits
 

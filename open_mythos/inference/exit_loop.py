@@ -16,7 +16,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.model.attention import SequenceContext
 from open_mythos.model.cache import CacheError, Entry
 
-__all__ = ["Thinking"]
+__all__ = ["Thinking", "answer_of"]
 
 
 class Thinking:
@@ -120,7 +120,7 @@ class Thinking:
         seen = Seen(
             self.done, state, self._before, group, self._model, lambda: self._predict(state), self._memory
         )
-        answer = _answer(self._rule, seen)
+        answer = answer_of(self._rule, seen)
         self.state = group.put(self.state, state)
         self._before = state if group.rows is not None or group.everyone else self.state
         if self.done < min(self._rule.min_loops, self._most):
@@ -159,7 +159,7 @@ class Thinking:
         self.running = torch.zeros_like(self.running)
 
 
-def _answer(rule: Rule, seen: Seen) -> Tensor:
+def answer_of(rule: Rule, seen: Seen) -> Tensor:
     """What the rule answers, refused unless it is bool of the shape of the tokens that were asked for."""
     answer: object = rule.leaves(seen)
     shape = tuple(seen.state.shape[:2])

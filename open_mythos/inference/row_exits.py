@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.inference.exit_cache import Group
-from open_mythos.inference.exit_loop import _answer
+from open_mythos.inference.exit_loop import answer_of
 from open_mythos.inference.exit_rules import Rule, Seen
 from open_mythos.model import OpenMythos
 
@@ -61,4 +61,4 @@ class RowSeen(Seen):
 
 def leaving(rule: Rule, seen: RowSeen) -> Tensor:
     """Who leaves, (n,) bool."""
-    return _answer(rule, seen)[:, 0]
+    return answer_of(rule, seen)[:, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from open_mythos.inference.pages import on_device
 from open_mythos.inference.requests import Checked
-from open_mythos.inference.sampling import _kept
+from open_mythos.inference.sampling import candidates
 
 __all__ = ["Sampler", "draw"]
 
@@ -47,7 +47,7 @@ def draw(samplers: Sequence[Sampler], logits: Tensor) -> Tensor:
     for (temperature, top_k, top_p), rows in groups.items():
         whole = len(rows) == len(samplers)
         index = on_device(rows, logits.device)
-        chances, kept = _kept(logits if whole else logits[index], temperature, top_k, top_p)
+        chances, kept = candidates(logits if whole else logits[index], temperature, top_k, top_p)
         # What torch.multinomial does for one draw, with another generator in each row.
         noise = torch.empty_like(chances)
         for each, row in zip(noise, rows, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Settings", "probabilities", "sample"]
+__all__ = ["Settings", "candidates", "probabilities", "sample"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    chances, kept = _kept(logits, temperature, top_k, top_p)
+    chances, kept = candidates(logits, temperature, top_k, top_p)
     drawn = torch.multinomial(chances, 1, generator=generator)
     return (drawn if kept is None else kept.gather(-1, drawn)).squeeze(1)
 
@@ -80,14 +80,14 @@ def probabilities(
     if temperature == 0:
         likeliest = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, likeliest, 1.0)
-    chances, kept = _kept(logits, temperature, top_k, top_p)
+    chances, kept = candidates(logits, temperature, top_k, top_p)
     chances = chances / chances.sum(-1, keepdim=True)
     if kept is None:
         return chances
     return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, kept, chances)
 
 
-def _kept(
+def candidates(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Probabilities, which sum to less than one after top_p, of the tokens kept, (…, k), and their ids; None: all."""

@@ -162,7 +162,7 @@ class PagedDecoder:
         at = _numbers([loop + i for i in range(times[0]) for loop in loops])
         step.at = ctypes.addressof(at)
         counts = _numbers([sum(each > i for each in times) for i in range(times[0])])
-        kernels._call("om_loops", ctypes.addressof(step), ctypes.addressof(counts), times[0])
+        kernels.call("om_loops", ctypes.addressof(step), ctypes.addressof(counts), times[0])
         del kept, at, counts
 
     def coda(self, rows: Sequence[int], past: Sequence[int], ruled: Sequence[bool]) -> Tensor:
@@ -179,7 +179,7 @@ class PagedDecoder:
         ids = ids.contiguous()
         logits = torch.empty(*ids.shape, self._vocab, dtype=torch.float32, device="cpu")
         step.ids, step.logits, step.at = ids.data_ptr(), logits.data_ptr(), None
-        kernels._call("om_step", ctypes.addressof(step))
+        kernels.call("om_step", ctypes.addressof(step))
         del kept
         return logits
 
@@ -200,7 +200,7 @@ class PagedDecoder:
         if ids is not None:
             ids = ids.contiguous()
             step.ids = ids.data_ptr()
-        kernels._call("om_parts", ctypes.addressof(step), int(ids is not None), count, 1)
+        kernels.call("om_parts", ctypes.addressof(step), int(ids is not None), count, 1)
         del kept, at
         return logits
 
@@ -223,7 +223,7 @@ class PagedDecoder:
         if which == 2:
             logits = torch.empty(len(rows), self._vocab, dtype=torch.float32, device="cpu")
             step.logits = logits.data_ptr()
-        kernels._call("om_part", ctypes.addressof(step), which)
+        kernels.call("om_part", ctypes.addressof(step), which)
         del kept, at
         return logits
 
@@ -265,7 +265,7 @@ class PagedDecoder:
         self._size = max(tokens, self._size[0]), max(context + 64, self._size[1])
         now = step.N, step.C
         step.N, step.C = self._size
-        kernels._call("om_room", ctypes.addressof(step), ctypes.addressof(floats))
+        kernels.call("om_room", ctypes.addressof(step), ctypes.addressof(floats))
         step.N, step.C = now
         self._room = torch.empty(floats.value, dtype=torch.float32, device="cpu")
         step.room = self._room.data_ptr()

@@ -11,7 +11,7 @@ Shape letters: N rows, H heads, G key/value heads, Q query rank, R latent rank, 
 import triton
 import triton.language as tl
 
-from open_mythos.rows.kernels import _product
+from open_mythos.rows.kernels import product
 
 __all__ = ["attend", "combine", "heads", "queries"]
 
@@ -63,11 +63,11 @@ def queries(
         tl.store(to + R + HALF + half[None, :], k2 * cos + k1 * sin, turns)
     elif part == PARTS:
         first = (head * (NOPE + 2 * HALF) + NOPE + half) * Q
-        q1 = _product(
+        q1 = product(
             low, m * stride, live, gain, q_up, 1, first, half < HALF, 0, Q, EPS,
             True, False, False, BLOCK_M, BLOCK_HALF, BLOCK_K,
         )  # fmt: skip
-        q2 = _product(
+        q2 = product(
             low, m * stride, live, gain, q_up + HALF * Q, 1, first, half < HALF, 0, Q, EPS,
             True, False, False, BLOCK_M, BLOCK_HALF, BLOCK_K,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def queries(
         tl.store(to + HALF + half[None, :], q2 * cos + q1 * sin, turns)
     else:
         nope = tl.arange(0, BLOCK_NOPE)
-        y = _product(
+        y = product(
             low, m * stride, live, gain, q_up, 1, (head * (NOPE + 2 * HALF) + nope) * Q, nope < NOPE, 0, Q, EPS,
             True, False, EVEN, BLOCK_M, BLOCK_NOPE, BLOCK_K,
         )  # fmt: skip

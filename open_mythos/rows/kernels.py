@@ -13,11 +13,11 @@ Shape letters: N rows, D model width, K inner width of a product, E experts.
 import triton
 import triton.language as tl
 
-__all__ = ["advance", "embed", "enter", "experts", "lift", "linear", "route"]
+__all__ = ["advance", "embed", "enter", "experts", "lift", "linear", "product", "route"]
 
 
 @triton.jit
-def _product(
+def product(
     a, at, live, gain, w, step, cols, inside, up, K, EPS,
     NORM: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -83,7 +83,7 @@ def linear(
     if MAP_A:
         at = tl.load(rows + m, live, -1)
         live &= at >= 0
-    y = _product(
+    y = product(
         a, at * K, live, gain, w, 1, column * K, inside, up, K, EPS, NORM, GATED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
     column, width = before + column, n0 + n1 + n2
@@ -111,7 +111,7 @@ def route(
     live = m < N
     expert = tl.arange(0, BLOCK_N)
     inside = expert < E
-    logits = _product(
+    logits = product(
         a, m * K, live, gain, w, 1, expert * K, inside, 0, K, EPS, True, False, EVEN, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
     shown = tl.load(bias + expert, inside, 0.0).to(tl.float32)
@@ -163,7 +163,7 @@ def experts(
         hit = mine[:, None] & (rank[:, None] == place[None, :])
         which = tl.sum(tl.where(hit, slot[:, None], 0), 0)
         live = place < total
-        y = _product(
+        y = product(
             a, (which // divide) * K, live, gain, base, step, column, inside, up, K, EPS,
             NORM, GATED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip

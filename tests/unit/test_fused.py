@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif("are off" in kernels.status(), reason="no CPU ke
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels called from here on."""
     names: list[str] = []
-    call = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *a: names.append(name) or call(name, *a))
+    call = kernels.call
+    monkeypatch.setattr(kernels, "call", lambda name, *a: names.append(name) or call(name, *a))
     return names
 
 

@@ -228,3 +228,41 @@ def test_a_forbidden_import_is_reported(relative: str, source: str):
 )
 def test_an_allowed_import_is_not_reported(relative: str, source: str):
     assert list(violations(source, relative)) == []
+
+
+def private_uses(source: str) -> Iterator[str]:
+    """Names with a leading underscore that are taken from another file of the package."""
+    tree, ours = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "open_mythos":
+            ours |= {alias.asname or alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names if _private(alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and _private(node.attr):
+            owner = node.value.id if isinstance(node.value, ast.Name) else None
+            if owner in ours:
+                yield f"{owner}.{node.attr}"
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_file_takes_what_another_keeps_to_itself():
+    found = [
+        f"{file}: {name}" for file in files() for name in private_uses((PACKAGE / file).read_text("utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from open_mythos.ops import _secret", ["_secret"]),
+        ("from open_mythos import kernels\nkernels._call(1)", ["kernels._call"]),
+        ("from open_mythos import __version__, kernels\nkernels.call(self._own)", []),
+        ("from torch._C import _secret", []),
+    ],
+)
+def test_what_another_file_keeps_to_itself_is_found(source: str, found: list[str]):
+    assert list(private_uses(source)) == found

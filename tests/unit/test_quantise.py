@@ -84,8 +84,8 @@ def test_the_kernel_reads_the_codes(
     with kernels.disabled():
         expected = cached_logits(coded, ids)
     names: list[str] = []
-    call = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *a: names.append(name) or call(name, *a))
+    call = kernels.call
+    monkeypatch.setattr(kernels, "call", lambda name, *a: names.append(name) or call(name, *a))
     torch.set_num_threads(threads)
     try:
         found = cached_logits(coded, ids)
@@ -214,8 +214,8 @@ def test_chunks_see_tokens_as_one_call_does(attention: str, policy: LastLoop | N
 def test_a_coded_cache_keeps_the_kernel_away(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = model_of(), torch.randint(0, 61, (1, 9))
     names: list[str] = []
-    call = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *a: names.append(name) or call(name, *a))
+    call = kernels.call
+    monkeypatch.setattr(kernels, "call", lambda name, *a: names.append(name) or call(name, *a))
     cache = Int8Cache()
     with torch.inference_mode():
         model(ids, 2, cache)
@@ -272,8 +272,8 @@ def test_the_engine_keeps_entries_as_the_cache_does(attention: str, rule: StateC
 def test_the_engine_takes_coded_weights_to_the_kernel(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     coded = quantise(model_of(), kind)
     names: list[str] = []
-    call = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *a: names.append(name) or call(name, *a))
+    call = kernels.call
+    monkeypatch.setattr(kernels, "call", lambda name, *a: names.append(name) or call(name, *a))
     with Engine(coded, max_rows=2) as engine:
         results = engine.generate([[1, 2, 3], [4, 5]], 8, [3, 2], temperature=0)
     assert len(names) > 8
