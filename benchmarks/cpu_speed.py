@@ -23,26 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-CONFIG_S = {
-    "vocab_size": 4096,
-    "dim": 512,
-    "n_heads": 8,
-    "max_seq_len": 512,
-    "max_loop_iters": 8,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "attn_type": "mla",
-    "kv_lora_rank": 128,
-    "q_lora_rank": 256,
-    "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 64,
-    "v_head_dim": 64,
-    "n_experts": 16,
-    "n_experts_per_tok": 4,
-    "expert_dim": 256,
-    "n_shared_experts": 1,
-    "lora_rank": 8,
-}
+from model_configs import CONFIG_S
+
 LOOPS, BATCH, LENGTH, PROMPT, NEW = 8, 4, 256, 64, 64
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_configs import CONFIG_M, CONFIG_S
 from torch import Tensor
 
 from open_mythos import Engine, MythosConfig, OpenMythos, Request
@@ -40,6 +41,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
         "dim": 128,
         "n_heads": 4,
+        "max_seq_len": 1024,
+        "max_loop_iters": 8,
+        "prelude_layers": 1,
+        "coda_layers": 1,
         "kv_lora_rank": 32,
         "q_lora_rank": 64,
         "qk_rope_head_dim": 16,
@@ -47,53 +52,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
         "n_experts": 8,
         "n_experts_per_tok": 2,
+        "n_shared_experts": 1,
         "expert_dim": 128,
     },
-    "S": {
-        "vocab_size": 4096,
-        "dim": 512,
-        "n_heads": 8,
-        "kv_lora_rank": 128,
-        "q_lora_rank": 256,
-        "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 64,
-        "v_head_dim": 64,
-        "n_experts": 16,
-        "n_experts_per_tok": 4,
-        "expert_dim": 256,
-        "lora_rank": 8,
-    },
-    "M": {
-        "vocab_size": 50304,
-        "dim": 768,
-        "n_heads": 12,
-        "n_kv_heads": 4,
-        "kv_lora_rank": 256,
-        "q_lora_rank": 384,
-        "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 64,
-        "v_head_dim": 64,
-        "prelude_layers": 2,
-        "coda_layers": 2,
-        "n_experts": 16,
-        "n_experts_per_tok": 4,
-        "expert_dim": 768,
-        "lora_rank": 8,
-    },
-}
-SHARED = {
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "n_shared_experts": 1,
-    "max_loop_iters": 8,
-    "max_seq_len": 1024,
+    "S": CONFIG_S | {"max_seq_len": 1024},
+    "M": CONFIG_M,
 }
 
 
 def build(args: argparse.Namespace) -> OpenMythos:
     """A model with random weights."""
     torch.manual_seed(0)
-    cfg = MythosConfig(**(SHARED | {"attn_type": args.attention} | CONFIGS[args.config]))
+    cfg = MythosConfig(**(CONFIGS[args.config] | {"attn_type": args.attention}))
     return OpenMythos(cfg).to(args.device, getattr(torch, args.dtype)).eval()
 
 

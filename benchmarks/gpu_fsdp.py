@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_training import CONFIG_M, LOOPS, TOY
+from gpu_training import LOOPS
+from model_configs import CONFIG_M, TOY
 from torch import Tensor
 
 from open_mythos import MythosConfig, OpenMythos

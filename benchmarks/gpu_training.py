@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from model_configs import CONFIG_M, TOY
 from torch import Tensor, nn
 
 from open_mythos import MythosConfig, OpenMythos, mythos_1b
@@ -35,17 +36,6 @@ from open_mythos.training.acceleration import accelerate
 from open_mythos.training.gradients import Gradients
 from open_mythos.training.objective import LoopPlan, Objective
 
-CONFIG_M: dict[str, Any] = {
-    "vocab_size": 50304, "dim": 768, "n_heads": 12, "n_kv_heads": 4, "max_seq_len": 1024, "max_loop_iters": 8,
-    "prelude_layers": 2, "coda_layers": 2, "kv_lora_rank": 256, "q_lora_rank": 384, "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 64, "v_head_dim": 64, "n_experts": 16, "n_experts_per_tok": 4, "n_shared_experts": 1,
-    "expert_dim": 768, "lora_rank": 8,
-}  # fmt: skip
-TOY: dict[str, Any] = {
-    **CONFIG_M, "vocab_size": 96, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64, "kv_lora_rank": 32,
-    "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_experts": 4,
-    "n_experts_per_tok": 2, "expert_dim": 32,
-}  # fmt: skip
 LOOPS, BATCH = 8, 8
 
 

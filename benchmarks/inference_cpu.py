@@ -24,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpu_speed import CONFIG_S, LOOPS, NEW, PROMPT, ready_kernels, release
+from cpu_speed import LOOPS, NEW, PROMPT, ready_kernels, release
+from model_configs import CONFIG_S
 
 BATCHES = (1, 8)
 EXACT, FEWER = ("generate", "engine"), ("generate, bfloat16 weights", "generate, int8 weights")

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_configs import CONFIG_M, TOY
 from torch import Tensor
 
 from open_mythos import MythosConfig, OpenMythos
@@ -40,17 +41,6 @@ from open_mythos.inference.requests import Depth
 from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
 from open_mythos.rows.plain import PlainRows
 
-CONFIG_M: dict[str, Any] = {
-    "vocab_size": 50304, "dim": 768, "n_heads": 12, "n_kv_heads": 4, "max_seq_len": 131072 + 256, "max_loop_iters": 8,
-    "prelude_layers": 2, "coda_layers": 2, "kv_lora_rank": 256, "q_lora_rank": 384, "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 64, "v_head_dim": 64, "n_experts": 16, "n_experts_per_tok": 4, "n_shared_experts": 1,
-    "expert_dim": 768, "lora_rank": 8,
-}  # fmt: skip
-TOY: dict[str, Any] = {
-    **CONFIG_M, "vocab_size": 96, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 96, "kv_lora_rank": 32,
-    "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_experts": 4,
-    "n_experts_per_tok": 2, "expert_dim": 32, "max_loop_iters": 3,
-}  # fmt: skip
 PARTS = ("check", "decode", "engine", "prefill", "long", "peer")
 
 
@@ -62,7 +52,8 @@ class Bench:
         self.attentions = arguments.attention
         self.upstream, self.out = arguments.upstream, arguments.out
         self.device = torch.device("cpu" if self.toy else "cuda")
-        self.config = TOY if self.toy else CONFIG_M
+        own = {"max_seq_len": 96, "max_loop_iters": 3} if self.toy else {"max_seq_len": 131072 + 256}
+        self.config = (TOY if self.toy else CONFIG_M) | own
         self.loops = self.config["max_loop_iters"]
         self.prompt, self.new = (8, 4) if self.toy else (512, 64)
         self.report: dict[str, Any] = {}
