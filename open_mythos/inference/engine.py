@@ -108,12 +108,7 @@ class Engine:
         coda_every: int = 4,
         runner: MakeRunner | None = None,
     ) -> None:
-        if not isinstance(model, OpenMythos):
-            raise ValueError(f"model must be an OpenMythos, got {type(model).__name__}")
-        if policy is not None and not isinstance(policy, (EveryLoop, LastLoop)):
-            raise ValueError(
-                f"policy = {policy!r} is not allowed: it must be EveryLoop(), LastLoop() or None"
-            )
+        _check_kinds(model, policy)
         cfg, device = model.cfg, model.embed.weight.device
         make: Any = _best(model) if runner is None else runner
         self.max_loops = max(cfg.max_loop_iters, 64) if max_loops is None else max_loops
@@ -130,20 +125,8 @@ class Engine:
         for name, value in limits.items():
             check_whole(name, value, 1)
         check_whole("max_context", self.max_context, 1, cfg.max_seq_len)
-        layers = Layers(cfg.prelude_layers, self.max_loops, cfg.coda_layers, isinstance(policy, LastLoop))
-        pages = self._pages(model, layers, max_rows, page_size, cache_bytes, entries)
-        self.pool = PagePool(
-            cfg,
-            layers,
-            rows=max_rows,
-            pages=pages,
-            page_size=page_size,
-            max_context=min(self.max_context, pages * page_size),
-            dtype=model.embed.weight.dtype,
-            device=device,
-            entries=entries,
-        )
         self.model, self._policy = model, policy
+        self.pool = self._make_pool(max_rows, page_size, cache_bytes, entries)
         with self._on_device():
             self.runner: Runner = make(model, self.pool, RowState(model, max_rows))
         self._scheduler = Scheduler(
@@ -163,22 +146,35 @@ class Engine:
         self._waiting = 0  # threads that wait for it
         self._numbers = count()
         self._turning: tuple[asyncio.AbstractEventLoop, asyncio.Future[bool]] | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="open_mythos.engine")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="open_mythos.engine")
+
+    def _make_pool(
+        self, rows: int, page_size: int, cache_bytes: int | None, entries: Entries | None
+    ) -> PagePool:
+        cfg, weight, shared = self.model.cfg, self.model.embed.weight, isinstance(self._policy, LastLoop)
+        layers = Layers(cfg.prelude_layers, self.max_loops, cfg.coda_layers, shared)
+        pages = self._pages(layers, rows, page_size, cache_bytes, entries)
+        return PagePool(
+            cfg,
+            layers,
+            rows=rows,
+            pages=pages,
+            page_size=page_size,
+            max_context=min(self.max_context, pages * page_size),
+            dtype=weight.dtype,
+            device=weight.device,
+            entries=entries,
+        )
 
     def _pages(
-        self,
-        model: OpenMythos,
-        layers: Layers,
-        rows: int,
-        page_size: int,
-        cache_bytes: int | None,
-        entries: Entries | None,
+        self, layers: Layers, rows: int, page_size: int, cache_bytes: int | None, entries: Entries | None
     ) -> int:
         """Pages that the bytes are enough for."""
-        each = PagePool.page_bytes(model.cfg, page_size, model.embed.weight.dtype, entries)
-        one = len(layers.needed(min(self.max_loops, model.cfg.max_loop_iters)))
+        cfg, weight = self.model.cfg, self.model.embed.weight
+        each = PagePool.page_bytes(cfg, page_size, weight.dtype, entries)
+        one = len(layers.needed(min(self.max_loops, cfg.max_loop_iters)))
         if cache_bytes is None:
-            device = model.embed.weight.device
+            device = weight.device
             most = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**30
             # Or for one row as deep as any may go, under a rule that decodes, if that is more.
             wanted = max(rows * one, layers.count) * -(-self.max_context // page_size)
@@ -265,6 +261,16 @@ class Engine:
             self._check(Request(prompt, **{name: values[i] for name, values in spread.items()}))
             for i, prompt in enumerate(prompts)
         ]
+        results = self._finish(requests)
+        for i, result in enumerate(results):
+            if result.reason == "failed":
+                error = RequestError(f"prompts[{i}] failed: {result.error}")
+                error.results = results
+                raise error from result.error
+        return results
+
+    def _finish(self, requests: list[Checked]) -> list[Result]:
+        """Queue all, as room comes, and wait for them; all are cancelled when that is interrupted."""
         handles: list[Handle] = []
         try:
             while len(handles) < len(requests):
@@ -277,13 +283,7 @@ class Engine:
             for handle in handles:
                 handle.cancel()
             raise
-        results = [handle.state for handle in handles]
-        for i, result in enumerate(results):
-            if result.reason == "failed":
-                error = RequestError(f"prompts[{i}] failed: {result.error}")
-                error.results = results
-                raise error from result.error
-        return results
+        return [handle.state for handle in handles]
 
     async def stream(self, request: Request) -> AsyncIterator[int]:
         """New tokens of one request as they come; leaving early cancels it.
@@ -308,7 +308,7 @@ class Engine:
     def close(self) -> None:
         """Cancel everything; nothing is taken in afterwards. Waits for a turn that is running."""
         self._exclusive(self._cancel_all)
-        self._pool.shutdown()
+        self._thread.shutdown()
 
     def __enter__(self) -> Engine:
         return self
@@ -340,7 +340,7 @@ class Engine:
         while not ready():
             turning, own = self._turning, False
             if turning is None or turning[0] is not loop or turning[1].done():
-                turning, own = (loop, loop.run_in_executor(self._pool, self.step)), True
+                turning, own = (loop, loop.run_in_executor(self._thread, self.step)), True
                 self._turning = turning
             # A shared turn may have found nothing to do before what is waited for was submitted.
             if not await asyncio.shield(turning[1]) and own:
@@ -405,6 +405,13 @@ class Engine:
             scheduler.fail_all(cause)
             raise
         return False
+
+
+def _check_kinds(model: object, policy: object) -> None:
+    if not isinstance(model, OpenMythos):
+        raise ValueError(f"model must be an OpenMythos, got {type(model).__name__}")
+    if policy is not None and not isinstance(policy, (EveryLoop, LastLoop)):
+        raise ValueError(f"policy = {policy!r} is not allowed: it must be EveryLoop(), LastLoop() or None")
 
 
 def _best(model: OpenMythos) -> MakeRunner:
