@@ -120,7 +120,7 @@ def _ids(text: str, network: OpenMythos, tokenizer: MythosTokenizer) -> list[int
 
 def _engine_options(network: OpenMythos, requests: list[Request], cache: str | None) -> dict[str, Any]:
     """Rows for all, up to 64, and no larger a cache than they need."""
-    from open_mythos.inference.quantise import Int8Entries
+    from open_mythos.inference.quantise import Int8Codec
 
     longest = max(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
     options: dict[str, Any] = {"max_context": min(longest, network.cfg.max_seq_len)}
@@ -130,7 +130,7 @@ def _engine_options(network: OpenMythos, requests: list[Request], cache: str | N
     lanes = 1 if draft is None else draft.tokens + 1
     options["max_rows"] = max(lanes, min(64, lanes * len(requests)))
     options["queue"] = len(requests)
-    return options | ({} if cache is None else {"entries": Int8Entries()})
+    return options | ({} if cache is None else {"codec": Int8Codec()})
 
 
 def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype | None]:
@@ -293,7 +293,7 @@ def bench(
     import torch
 
     from open_mythos.inference.bench import measure
-    from open_mythos.inference.quantise import Int8Entries
+    from open_mythos.inference.quantise import Int8Codec
     from open_mythos.model import OpenMythos
     from open_mythos.tables import new_table, show
     from open_mythos.weights import from_pretrained
@@ -307,7 +307,7 @@ def bench(
         new=new_tokens,
         loops=loops,
         rounds=rounds,
-        entries=None if cache is None else Int8Entries(),
+        codec=None if cache is None else Int8Codec(),
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
     found = {"target": target, "weights": weights, "cache": cache} | found

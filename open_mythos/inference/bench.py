@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.inference.engine import Engine
-from open_mythos.inference.pages import Entries
+from open_mythos.inference.pages import CacheCodec
 from open_mythos.model import OpenMythos
 
 __all__ = ["measure"]
@@ -32,7 +32,7 @@ def measure(
     new: int = 32,
     loops: int | None = None,
     rounds: int = 3,
-    entries: Entries | None = None,
+    codec: CacheCodec | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Tokens per second of the engine on this model.
@@ -44,7 +44,7 @@ def measure(
         new: tokens to add, 2 or more; the first comes with the prefill.
         loops: T; ``cfg.max_loop_iters`` when None.
         rounds: times that each figure is taken.
-        entries: how the cache is kept; as it is when None.
+        codec: how the cache is kept; as it is when None.
         tell: called with a short phrase before each round.
 
     Returns:
@@ -55,7 +55,7 @@ def measure(
         ValueError: the tokens do not fit the model, or a number is below 1.
     """
     depth = model.cfg.max_loop_iters if loops is None else loops
-    bed = _Bed(model, prompt, new, depth, entries)
+    bed = _Bed(model, prompt, new, depth, codec)
     works: dict[str, Callable[[], tuple[int, float]]] = {}
     for batch in batches:
         works[f"prefill, batch {batch}"] = partial(bed.prefill, batch)
@@ -106,7 +106,7 @@ class _Bed:
     prompt: int
     new: int
     loops: int
-    entries: Entries | None
+    codec: CacheCodec | None
     runner: str = ""
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class _Bed:
     def _run(self, rows: int, depths: list[int], new: int) -> tuple[int, float]:
         context = self.prompt + new - 1
         with Engine(
-            self.model, max_rows=rows, max_context=context, max_loops=max(depths), entries=self.entries
+            self.model, max_rows=rows, max_context=context, max_loops=max(depths), codec=self.codec
         ) as engine:
             prompts = self._prompts(len(depths))
             if self.model.embed.weight.is_cuda:

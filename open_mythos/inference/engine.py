@@ -30,7 +30,7 @@ from torch import Tensor
 from open_mythos.inference.checks import check_whole
 from open_mythos.inference.exit_rules import Rule
 from open_mythos.inference.kernel_runner import KernelRunner
-from open_mythos.inference.pages import Entries, Layers, PagePool
+from open_mythos.inference.pages import CacheCodec, Layers, PagePool
 from open_mythos.inference.requests import Checked, Handle, QueueFull, Request, RequestError, Result, check
 from open_mythos.inference.runner import PlainRunner, RowState, Runner
 from open_mythos.inference.scheduler import Scheduler, Stats
@@ -81,7 +81,7 @@ class Engine:
         prefill_chunk: tokens of prompts in one call, after which those who decode have their turn.
         queue: requests that may wait for a row.
         policy: how loops share the cache; exact (every loop) when None.
-        entries: how keys and values are kept; as they are when None.
+        codec: how keys and values are kept; as they are when None.
         deterministic: compute every row alone, so that its bits are the same whatever else runs. Slow.
         coda_every: loops between codas, while more than three quarters of the rows still loop. More reads the
             coda's weights less often, and keeps rows waiting.
@@ -103,7 +103,7 @@ class Engine:
         prefill_chunk: int = 512,
         queue: int = 1024,
         policy: LoopPolicy | None = None,
-        entries: Entries | None = None,
+        codec: CacheCodec | None = None,
         deterministic: bool = False,
         coda_every: int = 4,
         runner: MakeRunner | None = None,
@@ -126,7 +126,7 @@ class Engine:
             check_whole(name, value, 1)
         check_whole("max_context", self.max_context, 1, cfg.max_seq_len)
         self.model, self._policy = model, policy
-        self.pool = self._make_pool(max_rows, page_size, cache_bytes, entries)
+        self.pool = self._make_pool(max_rows, page_size, cache_bytes, codec)
         with self._on_device():
             self.runner: Runner = make(model, self.pool, RowState(model, max_rows))
         self._scheduler = Scheduler(
@@ -149,11 +149,11 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="open_mythos.engine")
 
     def _make_pool(
-        self, rows: int, page_size: int, cache_bytes: int | None, entries: Entries | None
+        self, rows: int, page_size: int, cache_bytes: int | None, codec: CacheCodec | None
     ) -> PagePool:
         cfg, weight, shared = self.model.cfg, self.model.embed.weight, isinstance(self._policy, LastLoop)
         layers = Layers(cfg.prelude_layers, self.max_loops, cfg.coda_layers, shared)
-        pages = self._pages(layers, rows, page_size, cache_bytes, entries)
+        pages = self._pages(layers, rows, page_size, cache_bytes, codec)
         return PagePool(
             cfg,
             layers,
@@ -163,15 +163,15 @@ class Engine:
             max_context=min(self.max_context, pages * page_size),
             dtype=weight.dtype,
             device=weight.device,
-            entries=entries,
+            codec=codec,
         )
 
     def _pages(
-        self, layers: Layers, rows: int, page_size: int, cache_bytes: int | None, entries: Entries | None
+        self, layers: Layers, rows: int, page_size: int, cache_bytes: int | None, codec: CacheCodec | None
     ) -> int:
         """Pages that the bytes are enough for."""
         cfg, weight = self.model.cfg, self.model.embed.weight
-        each = PagePool.page_bytes(cfg, page_size, weight.dtype, entries)
+        each = PagePool.page_bytes(cfg, page_size, weight.dtype, codec)
         one = len(layers.needed(min(self.max_loops, cfg.max_loop_iters)))
         if cache_bytes is None:
             device = weight.device

@@ -61,7 +61,7 @@ def unserved(model: OpenMythos, pool: PagePool) -> str | None:
         return f"the weights are {weight.dtype}, and the kernels serve torch.bfloat16 and torch.float32"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if pool.entries is not None:
+    if pool.codec is not None:
         return "keys and values are kept in another form"
     return _config_unserved(cfg) or _too_large(model, len(pool.table)) or _changed(model)
 

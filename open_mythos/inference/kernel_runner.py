@@ -51,7 +51,7 @@ class KernelRunner(PlainRunner):
 
     def _begin(self) -> PagedDecoder | str:
         """A decoder, or why there is none."""
-        if self.pool.entries is not None:
+        if self.pool.codec is not None:
             return "keys and values are kept in another form"
         layers, names = self.pool.layers, ("e", "h", "before", "chosen", "mass")
         numbering = Numbering(layers.of_loop(0), layers.of_coda(0), layers.shared)

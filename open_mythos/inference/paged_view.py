@@ -199,9 +199,9 @@ class PromptCache(ExitCache):
 
     def write(self, slot: str, new: Entry) -> Entry:
         """As :meth:`ExitCache.write`; tokens of the chunk see each other as they are kept, too."""
-        entries = self._pool.entries
-        if entries is not None:
-            new = entries.decode(entries.encode(new), self._pool.dtype)
+        codec = self._pool.codec
+        if codec is not None:
+            new = codec.decode(codec.encode(new), self._pool.dtype)
         return super().write(slot, new)
 
     def store(self, new: int) -> None:

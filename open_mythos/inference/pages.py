@@ -20,7 +20,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import Entry
 
-__all__ = ["Entries", "Layers", "PagePool", "PoolFull", "moved", "on_device"]
+__all__ = ["CacheCodec", "Layers", "PagePool", "PoolFull", "moved", "on_device"]
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -35,7 +35,7 @@ def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
     return moved(torch.tensor(values, device="cpu"), device)
 
 
-class Entries(Protocol):
+class CacheCodec(Protocol):
     """How keys and values are kept, where not as they are."""
 
     def encode(self, new: Entry) -> Entry:
@@ -125,11 +125,11 @@ class PagePool:
         max_context: most cached tokens of a request.
         dtype: of what is cached.
         device: where.
-        entries: how it is kept; None: as it is.
+        codec: how it is kept; None: as it is.
 
     Attributes:
         tensors: by name, (pages + 1, page_size, …): ``{"latent"}`` for MLA, ``{"k", "v"}`` for GQA, or what
-            ``entries`` makes of them.
+            ``codec`` makes of them.
         table: (rows, layers, blocks) int32 on the device; its memory never moves.
         host: the same on the host.
     """
@@ -147,15 +147,15 @@ class PagePool:
         max_context: int,
         dtype: torch.dtype,
         device: torch.device,
-        entries: Entries | None = None,
+        codec: CacheCodec | None = None,
     ) -> None:
         self.layers, self.page_size, self.capacity = layers, page_size, pages
-        self.entries, self.dtype = entries, dtype
+        self.codec, self.dtype = codec, dtype
         self.blocks = -(-max_context // page_size)
         # Zeros: a column that is masked still takes part in a product with zero, which NaN would survive.
         self.tensors: Entry = {
             name: torch.zeros(pages + 1, page_size, *one.shape[2:], dtype=one.dtype, device=device)
-            for name, one in _stored(cfg, dtype, entries).items()
+            for name, one in _stored(cfg, dtype, codec).items()
         }
         self.host = torch.zeros(rows, layers.count, self.blocks, dtype=torch.int32, device="cpu")
         self.table = self.host if device.type == "cpu" else self.host.to(device)
@@ -164,10 +164,10 @@ class PagePool:
 
     @staticmethod
     def page_bytes(
-        cfg: MythosConfig, page_size: int, dtype: torch.dtype, entries: Entries | None = None
+        cfg: MythosConfig, page_size: int, dtype: torch.dtype, codec: CacheCodec | None = None
     ) -> int:
         """Bytes of a page."""
-        stored = _stored(cfg, dtype, entries).values()
+        stored = _stored(cfg, dtype, codec).values()
         return page_size * sum(one.numel() * one.element_size() for one in stored)
 
     @property
@@ -244,7 +244,7 @@ class PagePool:
             offsets: (B, S), its place there.
             new: by name, (B, S, …).
         """
-        stored = new if self.entries is None else self.entries.encode(new)
+        stored = new if self.codec is None else self.codec.encode(new)
         for name, tensor in stored.items():
             self.tensors[name][pages, offsets] = tensor
 
@@ -255,11 +255,11 @@ class PagePool:
             name: tensor.index_select(0, flat).view(pages.shape[0], -1, *tensor.shape[2:])
             for name, tensor in self.tensors.items()
         }
-        return stored if self.entries is None else self.entries.decode(stored, self.dtype)
+        return stored if self.codec is None else self.codec.decode(stored, self.dtype)
 
 
-def _stored(cfg: MythosConfig, dtype: torch.dtype, entries: Entries | None) -> Entry:
-    """What is kept of one token in one layer, by name, (1, 1, …), or what ``entries`` makes of it."""
+def _stored(cfg: MythosConfig, dtype: torch.dtype, codec: CacheCodec | None) -> Entry:
+    """What is kept of one token in one layer, by name, (1, 1, …), or what ``codec`` makes of it."""
     shapes = cfg.cached_shapes()
     plain = {name: torch.zeros(1, 1, *shape, dtype=dtype, device="cpu") for name, shape in shapes.items()}
-    return plain if entries is None else entries.encode(plain)
+    return plain if codec is None else codec.encode(plain)

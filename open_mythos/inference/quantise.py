@@ -17,7 +17,7 @@ from open_mythos.model import KVCache, LoopPolicy, MoEFFN, OpenMythos
 from open_mythos.model.cache import CacheError, Entry
 from open_mythos.model.coded import CODES, CodedExperts, CodedLinear
 
-__all__ = ["Int8Cache", "Int8Entries", "quantise"]
+__all__ = ["Int8Cache", "Int8Codec", "quantise"]
 
 
 def quantise(model: OpenMythos, kind: Literal["int8", "bfloat16"] = "int8") -> OpenMythos:
@@ -68,7 +68,7 @@ def _is_coded(name: str, module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Int8Entries:
+class Int8Codec:
     """Cache entries in int8 whose neighbouring channels share a power of two (OCP Microscaling formats 1.0, MXINT8).
 
         x ≈ code · 2^e,   e = ceil(log2(max |x| / 127)) over the group,   code = round(x / 2^e)
@@ -127,7 +127,7 @@ def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Int8Cache(KVCache):
-    """A :class:`KVCache` that keeps its entries as :class:`Int8Entries`, about a quarter of float32's bytes.
+    """A :class:`KVCache` that keeps its entries as :class:`Int8Codec`, about a quarter of float32's bytes.
 
     Every token is seen as it is stored, by itself and in the call that brings it too. So one call over a whole
     sequence, chunks, and one token at a time give the same.
@@ -135,16 +135,16 @@ class Int8Cache(KVCache):
     Args:
         policy: how loops share slots; :class:`EveryLoop` by default.
         capacity: tokens to make room for at once, per slot.
-        entries: how they are kept.
+        codec: how they are kept.
     """
 
     plain = False
 
     def __init__(
-        self, policy: LoopPolicy | None = None, capacity: int = 0, entries: Int8Entries | None = None
+        self, policy: LoopPolicy | None = None, capacity: int = 0, codec: Int8Codec | None = None
     ) -> None:
         super().__init__(policy, capacity)
-        self._entries = Int8Entries() if entries is None else entries
+        self._codec = Int8Codec() if codec is None else codec
 
     def write(self, slot: str, new: Entry) -> Entry:
         """As :meth:`KVCache.write`; the result is (B, C, …) as the codes say.
@@ -155,4 +155,4 @@ class Int8Cache(KVCache):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in new.values()):
             raise CacheError("Int8Cache is for inference: rounding stops gradients, so use torch.no_grad()")
         dtype = next(iter(new.values())).dtype
-        return self._entries.decode(super().write(slot, self._entries.encode(new)), dtype)
+        return self._codec.decode(super().write(slot, self._codec.encode(new)), dtype)

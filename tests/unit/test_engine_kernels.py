@@ -12,7 +12,7 @@ from open_mythos import LastLoop, MythosConfig, OpenMythos, kernels
 from open_mythos.inference import exits, scheduler
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.kernel_runner import KernelRunner
-from open_mythos.inference.quantise import Int8Entries
+from open_mythos.inference.quantise import Int8Codec
 from open_mythos.inference.runner import PlainRunner
 from tiny_models import SMALL
 
@@ -127,7 +127,7 @@ def test_the_runner_tells_why_it_calls_the_modules(monkeypatch: pytest.MonkeyPat
     model = build()
     assert reason(model) is None
     assert reason(model.train()) is None  # the engine puts it in eval mode
-    assert reason(model, entries=Int8Entries()) == "keys and values are kept in another form"
+    assert reason(model, codec=Int8Codec()) == "keys and values are kept in another form"
     with kernels.disabled():
         assert reason(model) == "the kernels are disabled here"
     with monkeypatch.context() as patch:

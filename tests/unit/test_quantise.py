@@ -7,7 +7,7 @@ import torch
 
 from open_mythos import Engine, KVCache, LastLoop, MythosConfig, OpenMythos, kernels
 from open_mythos.inference.exits import StateChange
-from open_mythos.inference.quantise import Int8Cache, Int8Entries, quantise
+from open_mythos.inference.quantise import Int8Cache, Int8Codec, quantise
 from open_mythos.model import CacheError
 from open_mythos.model.coded import Coded, CodedExperts, CodedLinear
 from open_mythos.model.decode import Decoder
@@ -162,28 +162,28 @@ def test_entries_are_off_by_half_a_step_and_coding_them_again_changes_nothing(
     x[0, 0] = 0
     x[0, 1] = 127 * 2.0**-9
     x[0, 2] = 63.5
-    entries = Int8Entries(group)
-    stored = entries.encode({"k": x})
+    codec = Int8Codec(group)
+    stored = codec.encode({"k": x})
     assert {name: tensor.dtype for name, tensor in stored.items()} == dict.fromkeys(
         ("k", "k.exponent"), torch.int8
     )
     assert stored["k"].shape == x.shape
     assert stored["k.exponent"].shape == (2, 50, 3, -(-width // group))
-    back = entries.decode(stored, dtype)["k"]
+    back = codec.decode(stored, dtype)["k"]
     for part, kept in zip(x.split(group, -1), back.split(group, -1), strict=True):
         step = part.abs().amax(-1, keepdim=True).double() / 127
         assert ((kept.double() - part.double()).abs() <= step * 1.0001).all(), "a step is at most doubled"
-    again = entries.encode({"k": back})
+    again = codec.encode({"k": back})
     assert all(torch.equal(again[name], stored[name]) for name in stored)
-    assert torch.equal(entries.decode(again, dtype)["k"], back)
+    assert torch.equal(codec.decode(again, dtype)["k"], back)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_visible_in_entries(value: float) -> None:
     x = torch.ones(1, 2, 64)
     x[0, 1, 40] = value
-    entries = Int8Entries()
-    back = entries.decode(entries.encode({"latent": x}), x.dtype)["latent"]
+    codec = Int8Codec()
+    back = codec.decode(codec.encode({"latent": x}), x.dtype)["latent"]
     assert back[0, 1, 32:].isnan().all()
     assert torch.equal(back[0, 0], x[0, 0])
     assert torch.equal(back[0, 1, :32], x[0, 1, :32])
@@ -195,10 +195,10 @@ def test_chunks_see_tokens_as_one_call_does(attention: str, policy: LastLoop | N
     model = model_of(attention, dim=72 if attention == "mla" else 66).double()
     ids = torch.randint(0, 61, (2, 14))
     with torch.inference_mode():
-        one = Int8Cache(policy, entries=Int8Entries(8))
+        one = Int8Cache(policy, codec=Int8Codec(8))
         whole = model(ids, 3, one)
         exact = model(ids, 3)
-        cache = Int8Cache(policy, entries=Int8Entries(8))
+        cache = Int8Cache(policy, codec=Int8Codec(8))
         parts = torch.cat([model(part, 3, cache) for part in ids.split((6, 5, 1, 1, 1), 1)], 1)
     if policy is None:  # one slot for all loops is an approximation of its own
         assert (whole - parts).abs().max() <= 1e-12
@@ -238,7 +238,7 @@ def test_a_bad_group_is_refused(group: object) -> None:
     with pytest.raises(
         ValueError, match=r"group = .* is not allowed: it must be a whole number of at least 1"
     ):
-        Int8Entries(group)  # type: ignore[arg-type]
+        Int8Codec(group)  # type: ignore[arg-type]
 
 
 # In the engine.
@@ -248,14 +248,14 @@ def test_a_bad_group_is_refused(group: object) -> None:
 @pytest.mark.parametrize("rule", [None, StateChange(0.3)])
 def test_the_engine_keeps_entries_as_the_cache_does(attention: str, rule: StateChange | None) -> None:
     model = model_of(attention, dim=72 if attention == "mla" else 66).double()
-    entries = Int8Entries(8)
+    codec = Int8Codec(8)
     prompts = [torch.randint(0, 61, (n,)).tolist() for n in (9, 3, 6, 9)]
-    with Engine(model, max_rows=3, page_size=4, prefill_chunk=4, entries=entries) as engine:
+    with Engine(model, max_rows=3, page_size=4, prefill_chunk=4, codec=codec) as engine:
         results = engine.generate(prompts, 6, 3, temperature=0, exit=rule)
         least = sum(tensor[0, 0].numel() for tensor in engine.pool.tensors.values())
         assert {tensor.dtype for tensor in engine.pool.tensors.values()} == {torch.int8}
         assert engine.pool.nbytes == (engine.pool.capacity + 1) * 4 * least
-    with Engine(model, max_rows=1, page_size=16, prefill_chunk=16, entries=entries) as engine:
+    with Engine(model, max_rows=1, page_size=16, prefill_chunk=16, codec=codec) as engine:
         alone = [engine.generate([prompt], 6, 3, temperature=0, exit=rule)[0] for prompt in prompts]
     assert [result.tokens for result in results] == [result.tokens for result in alone]
     if rule is not None:
@@ -263,7 +263,7 @@ def test_the_engine_keeps_entries_as_the_cache_does(attention: str, rule: StateC
         return
     for prompt, result in zip(prompts, results, strict=True):
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + result.tokens]), 3, Int8Cache(entries=entries))
+            logits = model(torch.tensor([prompt + result.tokens]), 3, Int8Cache(codec=codec))
         assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == result.tokens
 
 
