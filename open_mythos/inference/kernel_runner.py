@@ -80,6 +80,7 @@ class KernelRunner(PlainRunner):
         if self._decoder is None:
             super().loop(batch)
             return
+        self._make_room(batch)
         for part in _pieces(batch):
             self._decoder.loop(part.rows, part.positions, part.loops, part.ruled)
 
@@ -93,6 +94,7 @@ class KernelRunner(PlainRunner):
         if self._decoder is None:
             super().loops(batch, times)
             return
+        self._make_room(batch)
         order = sorted(range(len(times)), key=lambda at: -times[at])
         for start in range(0, len(order), MAX_TOKENS):
             places = order[start : start + MAX_TOKENS]
@@ -124,12 +126,16 @@ class KernelRunner(PlainRunner):
         return torch.cat(logits)
 
     def rest(self, batch: Batch) -> Tensor | None:
-        """The loops that are left in one kernel."""
-        if self._decoder is None:
+        """The loops that are left in one kernel, if that takes all rows: a second one might raise."""
+        if self._decoder is None or len(batch.rows) > MAX_TOKENS:
             return None
         left = batch.most[0] - batch.loops[0]
-        parts = _pieces(batch)
-        return torch.cat([self._decoder.parts(p.rows, p.positions, p.loops, p.ruled, left) for p in parts])
+        return self._decoder.parts(batch.rows, batch.positions, batch.loops, batch.ruled, left)
+
+    def _make_room(self, batch: Batch) -> None:
+        """For all pieces, so that none raises when others have moved."""
+        if self._decoder is not None and len(batch.rows) > MAX_TOKENS:
+            self._decoder.reserve(MAX_TOKENS, max(batch.positions) + 1)
 
     def _ids(self, batch: Batch) -> Tensor:
         return self.state.ids[list(batch.rows)]

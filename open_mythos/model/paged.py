@@ -237,16 +237,21 @@ class PagedDecoder:
         step.slots = ctypes.addressof(self._slots[n_loops])
         # A part has one slot for all loops, which finds each row's own.
         step.T, step.N, step.S, step.C = n_loops or 1, len(rows) * new, new, context
-        if context > self._positions:
-            self._positions = -(-context // _ROTATIONS) * _ROTATIONS
-            positions = torch.arange(self._positions, device="cpu").unsqueeze(0)
-            self._rope = rope_table(positions, self._width, self._theta).contiguous()
-            step.rope, step.rope_half = self._rope.data_ptr(), self._rope.stride(0)
-        if self._size[0] < step.N or self._size[1] < context:
-            self._grow(step.N, context)
+        self.reserve(step.N, context)
         numbers, before, flags = _numbers(rows), _numbers(past), _array(ctypes.c_ubyte, len(rows))(*ruled)
         step.rows, step.past, step.ruled = (ctypes.addressof(each) for each in (numbers, before, flags))
         return step, [numbers, before, flags]
+
+    def reserve(self, tokens: int, context: int) -> None:
+        """Make room for calls of so many tokens with so much context; they then take none before they compute."""
+        step = self._step
+        if context > self._positions:
+            count = -(-context // _ROTATIONS) * _ROTATIONS
+            positions = torch.arange(count, device="cpu").unsqueeze(0)
+            self._rope = rope_table(positions, self._width, self._theta).contiguous()
+            step.rope, step.rope_half, self._positions = self._rope.data_ptr(), self._rope.stride(0), count
+        if self._size[0] < tokens or self._size[1] < context:
+            self._grow(tokens, context)
 
     def _all_slots(self, n_loops: int) -> Any:
         """Of the prelude, each loop (0: one that finds the row's own), and the coda."""
@@ -262,13 +267,12 @@ class PagedDecoder:
     def _grow(self, tokens: int, context: int) -> None:
         """Room for so many tokens of so much context."""
         step, floats = self._step, ctypes.c_int64()
-        self._size = max(tokens, self._size[0]), max(context + 64, self._size[1])
-        now = step.N, step.C
-        step.N, step.C = self._size
+        now, size = (step.N, step.C), (max(tokens, self._size[0]), max(context + 64, self._size[1]))
+        step.N, step.C = size
         kernels.call("om_room", ctypes.addressof(step), ctypes.addressof(floats))
         step.N, step.C = now
         self._room = torch.empty(floats.value, dtype=torch.float32, device="cpu")
-        step.room = self._room.data_ptr()
+        step.room, self._size = self._room.data_ptr(), size
 
 
 @cache
