@@ -38,6 +38,7 @@ from open_mythos.model import (
     TransformerBlock,
 )
 from open_mythos.model.decode import changed_call, replaced_method
+from open_mythos.model.transformer import evaluating
 from open_mythos.model.watch import Watch
 from open_mythos.rows.launch import SPLITS, TritonRows
 from open_mythos.rows.plain import Entries, Pages, PlainRows, wide
@@ -49,7 +50,9 @@ _SERVED = {
     OpenMythos, RecurrentBlock, TransformerBlock, MLAttention, GQAttention, MoEFFN, Expert, LTIInjection, LoRAAdapter,
     ACTHalting, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity,
 }  # fmt: skip
-_GRAPHS = 64  # whole tokens of so many kinds (rows, loops) are kept
+_GRAPHS = (
+    128  # so many are kept: of each number of rows eight or so, and whole tokens of other numbers of loops
+)
 
 
 def unserved(model: OpenMythos, pool: PagePool) -> str | None:
@@ -63,17 +66,21 @@ def unserved(model: OpenMythos, pool: PagePool) -> str | None:
         return "Triton is not installed"
     if pool.codec is not None:
         return "keys and values are kept in another form"
+    if pool.table.numel() >= 2**31:
+        return f"the table of pages has {pool.table.numel()} entries, and the kernels count to {2**31 - 1}"
     return _config_unserved(cfg) or _too_large(model, len(pool.table)) or _changed(model)
 
 
 def _too_large(model: OpenMythos, rows: int) -> str | None:
-    """What the kernels would have to count beyond 32 bits; experts and pages are counted in 64."""
-    cfg = model.cfg
+    """What the kernels would have to count beyond 32 bits; experts and tokens of pages are counted in 64."""
+    cfg, held = model.cfg, 1 << (rows - 1).bit_length()
     most = (2**31 - 1) // (
         cfg.n_heads * SPLITS * (cfg.kv_lora_rank if cfg.attn_type == "mla" else cfg.head_dim)
     )
-    if 1 << (rows - 1).bit_length() > most:
-        return f"{rows} rows are more than the {most} whose attention the kernels can hold"
+    if held > most:
+        return f"{rows} rows, for {held} of which there has to be room, are more than the {most} that attention serves"
+    if held * cfg.vocab_size >= 2**31:
+        return f"the logits of {held} rows have {held * cfg.vocab_size} elements, and the kernels count to {2**31 - 1}"
     for name, p in model.named_parameters():
         if p.numel() >= 2**31 and p.dim() < 3:
             return f"{name} has {p.numel()} elements, and the kernels count to {2**31 - 1}"
@@ -95,6 +102,9 @@ def _changed(model: OpenMythos) -> str | None:
         return "there are global hooks"
     if model.training:
         return "the model is in training mode"
+    replaced = replaced_method()
+    if replaced is not None:
+        return replaced
     dtype, biased = model.embed.weight.dtype, model.recurrent.act.halt
     for name, module in model.named_modules():
         why = changed_call(module) if type(module) in _SERVED else f"is of class {type(module).__name__}"
@@ -141,7 +151,8 @@ class GraphRunner(PlainRunner):
         self._inverse = cfg.rope_theta**-exponent
         # Also for rows in the middle of a token when the model has changed.
         self._rope = exponent.new_zeros(len(state.ids), width)
-        self.refresh()
+        with evaluating(model):
+            self.refresh()
 
     def refresh(self) -> None:
         """Look whether the model is still what was captured; capture anew if it is not."""
@@ -217,7 +228,9 @@ class GraphRunner(PlainRunner):
                 row if count > i else -1 for row, count in zip(batch.rows, times, strict=True)
             ] + fill
             wanted[1] += [*batch.positions, *fill]
-            wanted[2] += [done + i for done in batch.loops] + fill
+            wanted[2] += [
+                done + i if count > i else -1 for done, count in zip(batch.loops, times, strict=True)
+            ] + fill
             wanted[3] += [*map(int, batch.ruled), *fill]
         table.copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
         parts = [Entries(*table[:, i * each :][:, :bucket].unbind()) for i in range(most)]

@@ -31,7 +31,7 @@ from open_mythos.model.recurrence import ACTHalting, HaltingWeights, LoRAAdapter
 from open_mythos.model.transformer import OpenMythos
 from open_mythos.model.watch import Watch
 
-__all__ = ["Decoder", "Plan", "changed_call", "decode", "plan_of"]
+__all__ = ["Decoder", "Plan", "changed_call", "decode", "plan_of", "replaced_method"]
 
 # The methods whose work the kernel does; replaced on a class or an object, they must be called.
 _METHODS: dict[type, tuple[str, ...]] = {

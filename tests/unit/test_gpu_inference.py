@@ -23,6 +23,7 @@ from open_mythos.inference.graph_runner import GraphRunner, unserved
 from open_mythos.inference.pages import Layers, PagePool
 from open_mythos.inference.requests import Depth
 from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
+from open_mythos.model.recurrence import HaltingWeights
 from open_mythos.rows.launch import TritonRows, _tuning
 from open_mythos.rows.plain import PlainRows
 
@@ -148,9 +149,11 @@ def several(runner: PlainRunner, times: tuple[int, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("times", [(1, 1, 1), (2, 4, 1), (4, 3, 2)])
-@pytest.mark.parametrize("attn_type", ATTENTION)
-def test_several_loops_of_a_call_are_those_of_many(attn_type: str, times: tuple[int, ...]) -> None:
-    model = build(attn_type, torch.float64, halting="off")
+@pytest.mark.parametrize(("attn_type", "coda_layers"), [("mla", 2), ("gqa", 0)])
+def test_several_loops_of_a_call_are_those_of_many(
+    attn_type: str, coda_layers: int, times: tuple[int, ...]
+) -> None:
+    model = build(attn_type, torch.float64, halting="off", coda_layers=coda_layers)
     runner = make(model, PlainRows())
     assert runner.stride == 4
     assert apart(several(runner, times), several(make(model, None, plain=True), times)) < 1e-12
@@ -295,8 +298,8 @@ def test_rows_whose_attention_is_beyond_32_bits_are_not_served(rows: int, served
     from open_mythos.inference import graph_runner
 
     found = graph_runner._too_large(build("mla", torch.float32, kv_lora_rank=1024), rows)
-    reason = f"{rows} rows are more than the {(2**31 - 1) // (6 * 128 * 1024)} whose attention the kernels can hold"
-    assert found == (None if served else reason)  # rows are rounded up to a power of two
+    reason = "2049 rows, for 4096 of which there has to be room, are more than the 2730 that attention serves"
+    assert found == (None if served else reason)
 
 
 def test_a_method_that_somebody_replaced_is_seen_between_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +310,9 @@ def test_a_method_that_somebody_replaced_is_seen_between_two_calls(monkeypatch: 
     monkeypatch.setattr(runner, "_prepare", lambda: prepared.append(None))
     runner.refresh()
     assert prepared == []
-    monkeypatch.setattr(graph_runner.MoEFFN, "forward", lambda self, x: x)
+    assert graph_runner._changed(runner.model) is None
+    monkeypatch.setattr(HaltingWeights, "observe", lambda *_: None)
+    assert graph_runner._changed(runner.model) == "HaltingWeights.observe was replaced"
     runner.refresh()
     assert prepared == [None]
     runner.refresh()
