@@ -151,8 +151,11 @@ def _place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
             f"device = {device!r} is not allowed: it must be {' or '.join(map(repr, known))}{why}"
         )
     where = torch.device(device or ("cuda" if count else "cpu"))
+    if dtype is None and where.type == "cuda":
+        # GPUs before Ampere have no products of bfloat16.
+        return where, torch.bfloat16 if torch.cuda.get_device_capability(where) >= (8, 0) else torch.float32
     if dtype is None:
-        return where, torch.bfloat16 if where.type == "cuda" else None
+        return where, None
     return where, torch.float32 if dtype == "float32" else torch.bfloat16
 
 

@@ -124,10 +124,14 @@ def test_device_and_dtype_are_asked_for_by_name(saved: Path, capsys: pytest.Capt
 def test_a_gpu_is_taken_where_there_is_one(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     cpu, half = torch.device("cpu"), torch.bfloat16
     assert _place(None, None) == ((torch.device("cuda"), half) if gpus else (cpu, None))
     assert _place("cpu", None) == (cpu, None)
     assert _place("cpu", "bfloat16") == (cpu, half)
+    capability = (7, 5)  # which has no products of bfloat16
+    assert _place(None, None) == ((torch.device("cuda"), torch.float32) if gpus else (cpu, None))
     names = ["cpu", "cuda", "cuda:0", "cuda:1"][: gpus + 1 + (gpus > 0)]
     assert [_place(name, "float32") for name in names] == [
         (torch.device(name), torch.float32) for name in names
