@@ -290,7 +290,12 @@ def unserved(tokens: int, *tensors: Tensor) -> str | None:
         return "the kernels are disabled here"
     for tensor in tensors:
         if not readable(tensor):
-            return f"the weights are {tensor.dtype} on {tensor.device.type}, and the kernels serve float32 on the CPU"
+            found = (
+                f"{'' if tensor.is_contiguous() else 'non-contiguous '}{tensor.dtype} on {tensor.device.type}"
+            )
+            if type(tensor) not in (Tensor, torch.nn.Parameter):
+                found += f", of class {type(tensor).__name__}"
+            return f"the weights are {found}, and the kernels serve contiguous float32 on the CPU"
     if torch.is_grad_enabled():
         return "gradients are recorded"
     if not _unwatched():

@@ -83,6 +83,7 @@ class Scheduler(Intake):
         self._chunk, self._coda_every, self._alone, self._lag = chunk, coda_every, alone, lag
         self._owed = 0  # ticks, before the next chunk
         self._since_coda = 0
+        self._told: set[type[Exception]] = set()
 
     # A turn.
 
@@ -430,7 +431,8 @@ class Scheduler(Intake):
                 if len(group) == 1:
                     self._end(group[0].run, "failed", error)
                 else:
-                    if not self.stats.retried:  # one that fails alone is told to whoever asked
+                    if type(error) not in self._told:  # one that fails alone is told to whoever asked
+                        self._told.add(type(error))
                         _log.warning(
                             "%d rows failed together, and are tried one by one: %r", len(group), error
                         )

@@ -147,8 +147,8 @@ def whole_run(world: World, folder: Path) -> Result:
 def in_world(size: int, folder: Path, work: Callable[[World, Path], Result]) -> list[Result]:
     """What ``work`` finds on each rank of a world of forked processes.
 
-    A process that a signal ended was not failed by what is tested here, which raises. The world is tried once more
-    then, and what the process left behind is told.
+    What is tested here raises where it fails. A process that a signal ended has met a fault of the machine, of torch,
+    or of our C code: such a world is tried once more, and the test prints what the process left behind.
     """
     codes = forked(size, folder, work)
     if any(code < 0 for code in codes):

@@ -134,7 +134,7 @@ def test_the_runner_tells_why_it_calls_the_modules(monkeypatch: pytest.MonkeyPat
         patch.setattr(kernels, "_library", None)
         patch.setattr(kernels, "_reason", "there is no C compiler ('cc' was not found)")
         assert reason(model) == "there is no C compiler ('cc' was not found)"
-    wide = "the weights are torch.float64 on cpu, and the kernels serve float32 on the CPU"
+    wide = "the weights are torch.float64 on cpu, and the kernels serve contiguous float32 on the CPU"
     assert reason(build().double(), runner=KernelRunner) == wide
     assert reason(build(halting="average")) == "halting = 'average'"
     assert reason(build(attn_type="gqa", alibi=1.0)) == "alibi = 1.0"
