@@ -189,7 +189,7 @@ class Scheduler(Intake):
         rests = [lane.rests for run in runs for lane in run.active]
         if self._since_coda < self._coda_every and 4 * sum(rests) < len(rests):
             return
-        ready = [lane for run in runs for lane in run.ready()]
+        ready = [lane for run in runs if run.active[0].rests for lane in run.ready()]
         if ready:
             self._since_coda = 0
             self.stats.codas += 1
