@@ -234,7 +234,10 @@ def main() -> None:
     model = build(args)
     work = requests(args, model.cfg.vocab_size)
     deep = [at_most(request, args.most) for request in work]
-    record: dict[str, Any] = {"args": {k: str(v) for k, v in vars(args).items()}, "torch": torch.__version__}
+    record: dict[str, Any] = {
+        "args": {k: str(v) for k, v in vars(args).items() if k != "out"},
+        "torch": torch.__version__,
+    }
 
     def save() -> None:
         if args.out is not None:
