@@ -55,25 +55,9 @@ void om_part(const Step *s, i64 which) {
     }
 }
 
-/* So many loops; in each the first rows of s, as many as counts has. s->at has the row's index in each, (loops, N). */
-void om_loops(const Step *s, const i64 *counts, i64 loops) {
-#pragma omp parallel num_threads((int)s->threads) if (s->threads > 1)
-    {
-        Work work = {.part = omp_get_thread_num(), .parts = omp_get_num_threads()}, *t = &work;
-        Step now = *s;
-        for (i64 i = 0; i < loops; i++) {
-            now.at = s->at + i * s->N;
-            now.N = counts[i];
-#pragma omp barrier
-            lay_out(&now, s->room, t); /* what a loop leaves is not in the room */
-            advance(&now, t);
-        }
-    }
-}
-
 /* Parts of a token one after the other: its beginning if asked for, so many loops (s->at has the row's index in each,
- * (loops, N)), and its end if asked for. */
-void om_parts(const Step *s, i64 begins, i64 loops, i64 ends) {
+ * (loops, N); in each only the first rows, as many as counts has), and its end if asked for. */
+void om_parts(const Step *s, i64 begins, const i64 *counts, i64 loops, i64 ends) {
 #pragma omp parallel num_threads((int)s->threads) if (s->threads > 1)
     {
         Work work = {.part = omp_get_thread_num(), .parts = omp_get_num_threads()}, *t = &work;
@@ -81,11 +65,14 @@ void om_parts(const Step *s, i64 begins, i64 loops, i64 ends) {
         lay_out(s, s->room, t);
         if (begins) begin_token(s, t);
         for (i64 i = 0; i < loops; i++) {
-#pragma omp barrier
             now.at = s->at + i * s->N;
+            now.N = counts[i];
+#pragma omp barrier
+            lay_out(&now, s->room, t); /* what a loop leaves is not in the room */
             advance(&now, t);
         }
 #pragma omp barrier
+        lay_out(s, s->room, t);
         if (ends) end_token(s, t);
     }
 }

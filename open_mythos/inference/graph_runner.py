@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from open_mythos.config import MythosConfig
 from open_mythos.inference.graph_room import Room, injection_of
 from open_mythos.inference.pages import PagePool
-from open_mythos.inference.runner import Batch, PlainRunner, RowState
+from open_mythos.inference.runner import STRIDE, Batch, PlainRunner, RowState
 from open_mythos.model import (
     ACTHalting,
     Expert,
@@ -120,6 +120,10 @@ def _changed(model: OpenMythos) -> str | None:
     return None
 
 
+def _entries(columns: Tensor) -> Entries:
+    return Entries(*columns.unbind())
+
+
 class GraphRunner(PlainRunner):
     """:class:`PlainRunner` with decode steps in kernels, captured once for each number of rows.
 
@@ -209,7 +213,7 @@ class GraphRunner(PlainRunner):
     @property
     def stride(self) -> int:
         """Loops of one graph."""
-        return 1 if self.reason is not None else 4
+        return 1 if self.reason is not None else STRIDE
 
     def loops(self, batch: Batch, times: Sequence[int]) -> None:
         """Several loops in one graph. Who has done theirs is not among the entries of the later ones."""
@@ -233,15 +237,14 @@ class GraphRunner(PlainRunner):
             ] + fill
             wanted[3] += [*map(int, batch.ruled), *fill]
         table.copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
-        parts = [Entries(*table[:, i * each :][:, :bucket].unbind()) for i in range(most)]
-        self._replay((("loops", most), bucket), partial(self._do_loops, parts), table)
+        self._replay((("loops", most), bucket), partial(self._do_loops, table, most, each, bucket), table)
         done = zip(batch.rows, batch.loops, times, strict=True)
         self._next.update((row, t + count) for row, t, count in done)
         return None
 
-    def _do_loops(self, parts: Sequence[Entries]) -> None:
-        for entries in parts:
-            self._do_loop(entries)
+    def _do_loops(self, table: Tensor, count: int, each: int, bucket: int) -> None:
+        for i in range(count):
+            self._do_loop(_entries(table[:, i * each :][:, :bucket]))
 
     def coda(self, batch: Batch) -> Tensor:
         """As :meth:`PlainRunner.coda`; the logits are float32, in a buffer that the next call reuses."""
@@ -312,8 +315,11 @@ class GraphRunner(PlainRunner):
                 row += [*values[i * count : (i + 1) * count], *[-1] * (each - count)]
             wanted.append([int(value) for value in row])
         table.copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
-        parts = [table[:, wide + i * each :][:, :count] for i in range(drafts + 1)]
-        work = partial(self._do_round, table[:, : len(batch.rows)], parts, loops, most)
+
+        def work() -> None:
+            parts = [table[:, wide + i * each :][:, :count] for i in range(drafts + 1)]
+            self._do_round(table[:, : len(batch.rows)], parts, loops, most)
+
         self._replay(key, work, table)
         self._next.update(dict.fromkeys(batch.rows, most))
         return self._whole.logits[: len(batch.rows)]
@@ -321,7 +327,7 @@ class GraphRunner(PlainRunner):
     def _do_round(self, check: Tensor, parts: Sequence[Tensor], loops: int, most: int) -> None:
         ids = self.state.ids
         for i, part in enumerate(parts):
-            entries = Entries(*part.unbind())
+            entries = _entries(part)
             self._do_prelude(entries)
             if i + 1 == len(parts):
                 for _ in range(loops):
@@ -331,7 +337,7 @@ class GraphRunner(PlainRunner):
             tokens, rows = self._whole.logits[: part.shape[1]].argmax(-1), parts[i + 1][0].long()
             into = rows.clamp(min=0)  # fill, which stands for nobody
             ids[into] = torch.where(rows < 0, ids[into], tokens)
-        self._do_rest(Entries(*check.unbind()), most - loops)
+        self._do_rest(_entries(check), most - loops)
 
     # How.
 
@@ -352,16 +358,16 @@ class GraphRunner(PlainRunner):
         self._shown[bucket] = wanted
 
     def _launch(self, what: Any, bucket: int) -> None:
-        entries = Entries(*self._tables[bucket][:, :bucket].unbind())
         name, *rest = (what,) if isinstance(what, str) else what
         work: Callable[..., None] = getattr(self, f"_do_{name}")
-        self._replay((what, bucket), partial(work, entries, *rest), self._tables[bucket])
+        table = self._tables[bucket]
+        self._replay((what, bucket), lambda: work(_entries(table[:, :bucket]), *rest), table)
 
     def _bucket(self, count: int) -> int:
         return next(n for n in self._buckets if n >= count)
 
     def _replay(self, key: Any, work: Callable[[], None], table: Tensor) -> None:
-        """Do this work on the entries that the table shows, from a graph; the first time it is captured."""
+        """Do this work on what the table shows, from a graph; it is called, and captured, only the first time."""
         if isinstance(self._ops, PlainRows):
             work()
             return

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.inference.pages import PagePool
-from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
+from open_mythos.inference.runner import STRIDE, Batch, Chunk, PlainRunner, RowState
 from open_mythos.model import OpenMythos
 from open_mythos.model.paged import MAX_TOKENS, Numbering, PagedDecoder
 from open_mythos.model.recurrence import HaltingWeights
@@ -87,7 +87,7 @@ class KernelRunner(PlainRunner):
     @property
     def stride(self) -> int:
         """Loops of one call."""
-        return 1 if self._decoder is None else 4
+        return 1 if self._decoder is None else STRIDE
 
     def loops(self, batch: Batch, times: Sequence[int]) -> None:
         """Several loops in one kernel; who does most of them comes first."""

@@ -23,7 +23,10 @@ from open_mythos.model import LastLoop, OpenMythos
 from open_mythos.model.attention import SequenceContext
 from open_mythos.model.recurrence import HaltingWeights
 
-__all__ = ["Batch", "Chunk", "PlainRunner", "RowState", "Runner"]
+__all__ = ["STRIDE", "Batch", "Chunk", "PlainRunner", "RowState", "Runner"]
+
+STRIDE = 4
+"""Loops that one call of a runner in kernels may run: newcomers wait no longer than that."""
 
 
 class RowState:

@@ -162,7 +162,7 @@ class PagedDecoder:
         at = _numbers([loop + i for i in range(times[0]) for loop in loops])
         step.at = ctypes.addressof(at)
         counts = _numbers([sum(each > i for each in times) for i in range(times[0])])
-        kernels.call("om_loops", ctypes.addressof(step), ctypes.addressof(counts), times[0])
+        kernels.call("om_parts", ctypes.addressof(step), 0, ctypes.addressof(counts), times[0], 0)
         del kept, at, counts
 
     def coda(self, rows: Sequence[int], past: Sequence[int], ruled: Sequence[bool]) -> Tensor:
@@ -194,14 +194,18 @@ class PagedDecoder:
     ) -> Tensor:
         """So many loops of each row, and logits (n, V), on what is kept; with ids (n,) a token begins before."""
         step, kept = self._prepare(rows, past, ruled, 1, 0)
-        at = _numbers([loop + i for i in range(count) for loop in loops])
+        at, counts = (
+            _numbers([loop + i for i in range(count) for loop in loops]),
+            _numbers([len(rows)] * count),
+        )
         logits = torch.empty(len(rows), self._vocab, dtype=torch.float32, device="cpu")
         step.at, step.logits = ctypes.addressof(at), logits.data_ptr()
         if ids is not None:
             ids = ids.contiguous()
             step.ids = ids.data_ptr()
-        kernels.call("om_parts", ctypes.addressof(step), int(ids is not None), count, 1)
-        del kept, at
+        begins = int(ids is not None)
+        kernels.call("om_parts", ctypes.addressof(step), begins, ctypes.addressof(counts), count, 1)
+        del kept, at, counts
         return logits
 
     def _part(
