@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import LastLoop, MythosConfig, OpenMythos, kernels
-from open_mythos.inference import exits, scheduler
+from open_mythos.inference import exits
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.kernel_runner import KernelRunner
 from open_mythos.inference.quantise import Int8Codec
@@ -46,33 +46,30 @@ def some_prompts(lengths: tuple[int, ...] = (3, 9, 1, 17, 5, 9)) -> list[Tensor]
 
 
 def answers(
-    monkeypatch: pytest.MonkeyPatch, model: OpenMythos, runner: Any, prompts: list[Tensor], **how: Any
+    drawn: dict[int, list[Tensor]], model: OpenMythos, runner: Any, prompts: list[Tensor], **how: Any
 ) -> tuple[list[list[int]], list[Tensor], Engine]:
     """Tokens, logits and the engine."""
-    seen: dict[int, list[Tensor]] = {}
-    plain = scheduler.draw
-
-    def draw(samplers: Any, logits: Tensor) -> Tensor:
-        for sampler, row in zip(samplers, logits, strict=True):
-            seen.setdefault(sampler.number, []).append(row.clone())
-        return plain(samplers, logits)
-
+    drawn.clear()
     size = {name: how.pop(name) for name in ("max_rows", "prefill_chunk", "policy") if name in how}
     engine = Engine(model, **({"max_rows": 3, "page_size": 4, "prefill_chunk": 7} | size), runner=runner)
-    with monkeypatch.context() as patch:
-        patch.setattr(scheduler, "draw", draw)
-        results = engine.generate(prompts, temperature=0, **how)
+    results = engine.generate(prompts, temperature=0, **how)
     assert engine.stats.free_pages == engine.stats.pages
-    return [result.tokens for result in results], [torch.stack(seen[i]) for i in sorted(seen)], engine
+    return [result.tokens for result in results], [torch.stack(drawn[i]) for i in sorted(drawn)], engine
 
 
-def compare(monkeypatch: pytest.MonkeyPatch, model: OpenMythos, prompts: list[Tensor], **how: Any) -> None:
-    wanted, logits, _ = answers(monkeypatch, model, PlainRunner, prompts, **how)
+def compare(
+    monkeypatch: pytest.MonkeyPatch,
+    drawn: dict[int, list[Tensor]],
+    model: OpenMythos,
+    prompts: list[Tensor],
+    **how: Any,
+) -> None:
+    wanted, logits, _ = answers(drawn, model, PlainRunner, prompts, **how)
     called: list[str] = []
     call = kernels.call
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "call", lambda name, *a: called.append(name) or call(name, *a))
-        found, ours, _ = answers(monkeypatch, model, KernelRunner, prompts, **how)
+        found, ours, _ = answers(drawn, model, KernelRunner, prompts, **how)
     assert "om_part" in called
     assert found == wanted
     for a, b in zip(ours, logits, strict=True):
@@ -80,26 +77,32 @@ def compare(monkeypatch: pytest.MonkeyPatch, model: OpenMythos, prompts: list[Te
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_kernels_give_the_logits_of_the_modules(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_kernels_give_the_logits_of_the_modules(
+    monkeypatch: pytest.MonkeyPatch, drawn: dict[int, list[Tensor]], name: str
+) -> None:
     model = build(**MODELS[name])
     mixed = [None, exits.Fixed(2), None, None, exits.Never(), None]
-    compare(monkeypatch, model, some_prompts(), max_new_tokens=7, n_loops=DEPTHS, exit=mixed)
+    compare(monkeypatch, drawn, model, some_prompts(), max_new_tokens=7, n_loops=DEPTHS, exit=mixed)
 
 
 @pytest.mark.parametrize("name", ["act", "state", "kl"])
-def test_exit_rules_read_the_states_that_kernels_leave(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_exit_rules_read_the_states_that_kernels_leave(
+    monkeypatch: pytest.MonkeyPatch, drawn: dict[int, list[Tensor]], name: str
+) -> None:
     how = {"max_new_tokens": 6, "exit": [RULES[name], None, RULES[name], None, RULES[name], RULES[name]]}
-    compare(monkeypatch, build(attn_type="mla"), some_prompts(), n_loops=DEPTHS, **how)
+    compare(monkeypatch, drawn, build(attn_type="mla"), some_prompts(), n_loops=DEPTHS, **how)
 
 
-def test_loops_may_share_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(monkeypatch, build(), some_prompts(), max_new_tokens=6, n_loops=DEPTHS, policy=LastLoop())
+def test_loops_may_share_their_pages(monkeypatch: pytest.MonkeyPatch, drawn: dict[int, list[Tensor]]) -> None:
+    compare(monkeypatch, drawn, build(), some_prompts(), max_new_tokens=6, n_loops=DEPTHS, policy=LastLoop())
 
 
-def test_more_rows_than_a_kernel_takes_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_a_kernel_takes_go_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, drawn: dict[int, list[Tensor]]
+) -> None:
     model, prompts = build(dim=16, vocab_size=11, n_experts=2), some_prompts((3,) * 70)
     many = {"max_rows": 70, "prefill_chunk": 256}
-    compare(monkeypatch, model, prompts, max_new_tokens=4, n_loops=[2, 3] * 35, **many)
+    compare(monkeypatch, drawn, model, prompts, max_new_tokens=4, n_loops=[2, 3] * 35, **many)
 
 
 def test_a_hook_set_between_tokens_is_called_and_changes_no_token() -> None:
