@@ -19,7 +19,8 @@ from open_mythos import MythosConfig, OpenMythos, kernels_gpu, ops
 from open_mythos.inference.compiled_runner import CompiledRunner
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.generate import generate
-from open_mythos.inference.graph_runner import GraphRunner, unserved
+from open_mythos.inference.graph_runner import GraphRunner
+from open_mythos.inference.graph_serves import changed, too_large, unserved
 from open_mythos.inference.pages import Layers, PagePool
 from open_mythos.inference.requests import Depth
 from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
@@ -295,24 +296,20 @@ def test_what_the_kernels_do_not_serve_runs_through_the_modules(name: str, value
 
 @pytest.mark.parametrize(("rows", "served"), [(16, True), (2048, True), (2049, False)])
 def test_rows_whose_attention_is_beyond_32_bits_are_not_served(rows: int, served: bool) -> None:
-    from open_mythos.inference import graph_runner
-
-    found = graph_runner._too_large(build("mla", torch.float32, kv_lora_rank=1024), rows)
+    found = too_large(build("mla", torch.float32, kv_lora_rank=1024), rows)
     reason = "2049 rows, for 4096 of which there has to be room, are more than the 2730 that attention serves"
     assert found == (None if served else reason)
 
 
 def test_a_method_that_somebody_replaced_is_seen_between_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    from open_mythos.inference import graph_runner
-
     runner = make(build("mla", torch.float64), PlainRows())
     prepared: list[None] = []
     monkeypatch.setattr(runner, "_prepare", lambda: prepared.append(None))
     runner.refresh()
     assert prepared == []
-    assert graph_runner._changed(runner.model) is None
+    assert changed(runner.model) is None
     monkeypatch.setattr(HaltingWeights, "observe", lambda *_: None)
-    assert graph_runner._changed(runner.model) == "HaltingWeights.observe was replaced"
+    assert changed(runner.model) == "HaltingWeights.observe was replaced"
     runner.refresh()
     assert prepared == [None]
     runner.refresh()
@@ -361,12 +358,10 @@ def other(model: OpenMythos) -> None:
     ],
 )
 def test_a_model_that_somebody_changed_is_not_served(change: Any, reason: str) -> None:
-    from open_mythos.inference import graph_runner
-
     model = build("mla", torch.float32, tie_embeddings=False)
-    assert graph_runner._changed(model) is None
+    assert changed(model) is None
     change(model)
-    found = graph_runner._changed(model)
+    found = changed(model)
     assert found is not None
     assert found.startswith(reason)
 
