@@ -9,8 +9,9 @@ number of new tokens. Four ways to serve the same requests, in one run on the sa
                 when the last request of this one has finished
     generate    such batches through model.generate
 
-Tokens per second count from the first arrival to the last token. --check requests are then run alone by
-model.generate, and their tokens compared. --out writes JSON after each part.
+Tokens per second count from the first arrival to the last token. On a GPU each engine serves the requests once before,
+so that all its graphs are captured. --check requests are then run alone by model.generate, and their tokens compared.
+--out writes JSON after each part.
 
     python benchmarks/depth_batching.py                                      # toy size, on the CPU
     python benchmarks/depth_batching.py --config M --device cuda --dtype bfloat16 --rows 64
@@ -24,6 +25,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,7 @@ def serve(
     engine: Engine, work: list[Request], arrivals: list[float], limit: float, batch: int = 0
 ) -> dict[str, Any]:
     """Submit each request when its time has come, or so many at once when nobody runs; cancel the rest at the limit."""
+    before = replace(engine.stats.done)
     begun = time.perf_counter()
     handles: list[Handle] = []
     delays: dict[int, float] = {}
@@ -142,10 +145,21 @@ def serve(
         handle.cancel()
     tokens = [handle.state.tokens for handle in handles]
     return summary(seconds, tokens, list(delays.values())) | {
-        "rows_per_loop": done.row_loops / max(done.ticks, 1),
-        "ticks": done.ticks,
-        "codas": done.codas,
+        "rows_per_loop": (done.row_loops - before.row_loops) / max(done.ticks - before.ticks, 1),
+        "ticks": done.ticks - before.ticks,
+        "codas": done.codas - before.codas,
+        "chunks": done.chunks - before.chunks,
     }
+
+
+def serve_warm(
+    model: OpenMythos, args: argparse.Namespace, work: list[Request], arrivals: list[float], batch: int = 0
+) -> dict[str, Any]:
+    """As :func:`serve`, by an engine of its own that on a GPU has captured its graphs."""
+    engine = make_engine(model, args)
+    if args.device.startswith("cuda"):
+        serve(engine, work, arrivals, args.seconds, batch)
+    return serve(engine, work, arrivals, args.seconds, batch)
 
 
 def serve_generate(
@@ -221,6 +235,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=512, help="tokens of prompts in one call")
     parser.add_argument("--coda-every", type=int, default=4, help="loops between codas")
     parser.add_argument("--plain", action="store_true", help="the model's own modules, no kernels or graphs")
+    parser.add_argument(
+        "--ways", nargs="+", default=["most depth", "batches", "generate"], help="to compare with"
+    )
     parser.add_argument("--check", type=int, default=16, help="requests that are run alone")
     parser.add_argument("--seconds", type=float, default=150.0, help="at most, for each way")
     parser.add_argument("--seed", type=int, default=0)
@@ -244,11 +261,10 @@ def main() -> None:
             args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     # Warm all paths up, and learn what most depth can serve, which sets the pace of arrivals.
-    warm = make_engine(model, args)
-    warm.generate([r.prompt for r in work[: args.rows]], 2, [r.n_loops for r in work[: args.rows]], 0)
     begun = time.perf_counter()
     few = deep[: 2 * args.rows]
-    pace = serve(warm, few, [0.0] * len(few), args.seconds)
+    serve(make_engine(model, args), few[:2], [0.0] * 2, args.seconds)
+    pace = serve_warm(model, args, few, [0.0] * len(few))
     model.generate([list(deep[0].prompt)], 2, args.most, 0)
     rate = args.load * pace["finished"] / pace["seconds"]
     draws = random.Random(args.seed + 1)
@@ -260,11 +276,12 @@ def main() -> None:
         f"{rate:.3g} arrivals a second (after {time.perf_counter() - begun:.1f} s of warming up)", flush=True
     )
     ways: dict[str, Callable[[], dict[str, Any]]] = {
-        "own depth": lambda: serve(make_engine(model, args), work, arrivals, args.seconds),
-        "most depth": lambda: serve(make_engine(model, args), deep, arrivals, args.seconds),
-        "batches": lambda: serve(make_engine(model, args), deep, arrivals, args.seconds, args.rows),
+        "own depth": lambda: serve_warm(model, args, work, arrivals),
+        "most depth": lambda: serve_warm(model, args, deep, arrivals),
+        "batches": lambda: serve_warm(model, args, deep, arrivals, args.rows),
         "generate": lambda: serve_generate(model, deep, arrivals, args.rows, args.seconds),
     }
+    ways = {name: way for name, way in ways.items() if name in args.ways or name == "own depth"}
     print(f"{'':12} {'tokens/s':>9} {'finished':>9} {'median s':>9} {'rows/loop':>9}")
     for name, way in ways.items():
         found = way()

@@ -22,7 +22,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from open_mythos.inference.graph_room import Room, injection_of
 from open_mythos.inference.graph_serves import unserved, unserved_config
 from open_mythos.inference.pages import PagePool
-from open_mythos.inference.runner import STRIDE, Batch, PlainRunner, RowState
+from open_mythos.inference.prompt_graphs import PromptGraphs
+from open_mythos.inference.runner import STRIDE, Batch, Chunk, PlainRunner, RowState
 from open_mythos.model import OpenMythos
 from open_mythos.model.decode import replaced_method
 from open_mythos.model.transformer import evaluating
@@ -87,6 +88,8 @@ class GraphRunner(PlainRunner):
     def _prepare(self) -> None:
         model, state = self.model, self.state
         rows, device = len(state.ids), state.ids.device
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # prompts that are on their way need what is replaced here
         self._z = self._rope.new_zeros(rows, model.cfg.dim)
         self._injection = injection_of(model, state)
         self._buckets = [1]
@@ -104,9 +107,25 @@ class GraphRunner(PlainRunner):
         self._rounds: dict[Any, Tensor] = {}
         self._strides: dict[tuple[int, int], Tensor] = {}
         self._memory: Any = None
-        self._side = torch.cuda.Stream() if device.type == "cuda" else None
+        self._side, self._prompting = (
+            torch.cuda.Stream() if device.type == "cuda" else None for _ in range(2)
+        )
+        self._prompts = PromptGraphs(model, self.pool, capture=device.type == "cuda")
 
     # What a runner does.
+
+    def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        """As :meth:`PlainRunner.prefill`; short prompts from graphs, their logits in a buffer that is used again."""
+        if self.reason is None and self._prompts.serves(chunk):
+            return self._prompts(chunk), None
+        return super().prefill(chunk)
+
+    def beside(self, chunk: Chunk) -> AbstractContextManager[Any] | None:
+        """A stream for prompts that graphs serve. It begins when all that was launched before is done."""
+        if self.reason is not None or self._prompting is None or not self._prompts.serves(chunk):
+            return None
+        self._prompting.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._prompting)
 
     def prelude(self, batch: Batch) -> None:
         """As :meth:`PlainRunner.prelude`."""

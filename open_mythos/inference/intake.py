@@ -38,6 +38,7 @@ class Intake:
         self._running: list[Running] = []  # by row
         self._cancelled = False
         self._late: deque[Late] = deque()
+        self._apart: list[Late] = []  # first tokens after prompts that run beside those who decode
         self._chunks = 0  # of prompts, so far
 
     def check(self, checked: Checked) -> None:
@@ -85,7 +86,7 @@ class Intake:
     @property
     def idle(self) -> bool:
         """Nothing to do."""
-        return not (self._running or self._late or self.waiting)
+        return not (self._running or self._late or self._apart or self.waiting)
 
     def cancel(self, handle: Handle) -> None:
         """Let a request go in the next sweep."""
@@ -107,25 +108,25 @@ class Intake:
         for handle in [handle for handle in self._waiting if handle.cancelled]:
             self._waiting.remove(handle)
             self._close(handle, "cancelled")
-        for late in self._late:
-            for run in late.runs:
-                if run.handle.cancelled:
-                    self._close(run.handle, "cancelled")
+        for run in self._outstanding():
+            if run.handle.cancelled:
+                self._close(run.handle, "cancelled")
 
     def cancel_all(self) -> None:
         """Cancel everything."""
         self.sweep()
-        runs = self._running + [run for late in self._late for run in late.runs]
+        runs = self._running + self._outstanding()
         for handle in [*self._waiting, *(run.handle for run in runs)]:
             self.cancel(handle)
         self.sweep()
         self._late.clear()
+        self._apart.clear()
 
     def fail_all(self, error: Exception) -> None:
         """End everything."""
         while self._inbox:
             self._waiting.append(self._inbox.popleft())
-        runs = self._running + [run for late in self._late for run in late.runs]
+        runs = self._running + self._outstanding()
         # Before anything is freed, which fails as well where the device has.
         for handle in [*(run.handle for run in runs), *self._waiting]:
             if handle.cancelled:
@@ -133,8 +134,13 @@ class Intake:
             self._close(handle, "failed", error)
         self._waiting.clear()
         self._late.clear()
+        self._apart.clear()
         for run in list(self._running):
             self._free(run)
+
+    def _outstanding(self) -> list[Running]:
+        """Those with tokens that were drawn, and not read."""
+        return [run for late in (*self._late, *self._apart) for run in late.runs]
 
     def _layers(self, checked: Checked) -> list[int]:
         return self.pool.layers.needed(checked.depth.most, checked.depth.probes)

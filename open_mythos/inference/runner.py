@@ -9,8 +9,9 @@ Shape letters: R rows of the engine, n rows of a call, S tokens of a chunk, D mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -125,6 +126,10 @@ class Runner(Protocol):
         """Logits (n, V) of the last tokens, and loops (n, S) that tokens spent under a rule."""
         ...
 
+    def beside(self, chunk: Chunk) -> AbstractContextManager[Any] | None:
+        """Within it this chunk may be computed, and its tokens drawn, while later calls run; None: not served."""
+        ...
+
     def prelude(self, batch: Batch) -> None:
         """Begin a token."""
         ...
@@ -236,6 +241,10 @@ class PlainRunner:
         else:
             h = model.think(h, e, ctx, loops)
         return self._answer(h, ctx, chunk.last, chunk.counts), None
+
+    def beside(self, chunk: Chunk) -> AbstractContextManager[Any] | None:
+        """Not served: where a chunk of whole prompts may be computed, and their tokens drawn, beside later calls."""
+        return None
 
     def _think_uneven(self, h: Tensor, e: Tensor, chunk: Chunk) -> Tensor:
         """As ``model.think`` for rows of falling depth; halting is off or selects."""

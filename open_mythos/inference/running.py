@@ -129,6 +129,7 @@ class Running:
         fed: tokens of the prompt that are cached.
         served: chunks of any prompts before its last one.
         drawn: new tokens drawn, of which some may not have been read yet.
+        waits: its prompt is computed beside those who decode, and not done yet.
         lanes: in the order of their positions.
         drafts: tokens that are drafted in this round.
         checking: the draft is complete.
@@ -139,8 +140,13 @@ class Running:
         self.handle, self.sampler, self.fed, self.served, self.drawn = handle, sampler, 0, 0, 0
         self.depth, self.row = handle.checked.depth, rows[0]
         self.lanes = [Lane(self, row) for row in rows]
-        self.drafts, self.checking = 0, True
+        self.drafts, self.checking, self.waits = 0, True, False
         self.active = self.lanes[:1]
+
+    @property
+    def decodes(self) -> bool:
+        """Has had its prompt, and computes tokens."""
+        return self.drawn > 0 and not self.waits
 
     @property
     def checked(self) -> Checked:

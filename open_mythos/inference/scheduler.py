@@ -5,7 +5,8 @@ most one chunk of prompts; then one tick. A tick is one loop of every row that d
 loops are done go through the coda, get a token, and begin the next one in the next tick. A row that has finished is
 free at once.
 
-A runner may do several ticks in one call, as far as the next coda.
+A runner may do several ticks in one call, as far as the next coda, and whole prompts beside the ticks: who has one
+there decodes once it is done.
 
 Nothing here reads the device, but the answers of exit rules and the new tokens; these may come late (``lag``), and what
 a row computed after its end is dropped.
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,9 +93,10 @@ class Scheduler(Intake):
         """A little of everything."""
         self.sweep()
         self._read(self._lag)
+        self._arrive()
         self.admit()
         reading = [run for run in self._running if not run.drawn]
-        if reading and (self._owed <= 0 or len(reading) == len(self._running)):
+        if reading and not self._apart and (self._owed <= 0 or len(reading) == len(self._running)):
             self._prompts(reading)
         self._tick()
         self._read(self._lag if self._running else 0)
@@ -106,11 +109,24 @@ class Scheduler(Intake):
         self._chunks += 1
         together = sorted(self._beside(reading), key=lambda run: (-run.depth.most, run.row))
 
+        beside = self._room_beside(together)
+        with beside or nullcontext():
+            self._prompts_of(together, apart=beside is not None)
+        # A chunk takes about as long as so many ticks. Of the time, those who decode get a fifth to a half: the
+        # more they are, the more. Beside them it takes none.
+        decoding, ticks = sum(run.decodes for run in self._running), together[0].depth.most
+        self._owed = 0 if beside else max(ticks // 4, ticks * decoding // self._count, 1)
+
+    def _room_beside(self, together: list[Running]) -> AbstractContextManager[Any] | None:
+        """Where whole prompts run while others decode."""
+        whole = all(piece_of(run, self._chunk) == (0, run.checked.prompt.numel()) for run in together)
+        return None if self._alone or not whole else self.runner.beside(chunk_of(together, self._chunk))
+
+    def _prompts_of(self, together: list[Running], apart: bool) -> None:
         def prefill(lanes: list[Lane]) -> tuple[Tensor | None, Tensor | None]:
             return self.runner.prefill(chunk_of([lane.run for lane in lanes], self._chunk))
 
-        done = self._each([run.lanes[0] for run in together], prefill)
-        for lanes, (logits, loops) in done:
+        for lanes, (logits, loops) in self._each([run.lanes[0] for run in together], prefill):
             self.stats.chunks += 1
             ends = []
             for i, lane in enumerate(lanes):
@@ -123,11 +139,7 @@ class Scheduler(Intake):
                     ends.append(i)
             if logits is not None:
                 some = logits if len(ends) == len(lanes) else logits[on_device(ends, logits.device)]
-                self._drawn([lanes[i] for i in ends], some)
-        # A chunk takes about as long as so many ticks. Of the time, those who decode get a fifth to a half: the
-        # more they are, the more.
-        decoding, ticks = sum(run.drawn > 0 for run in self._running), together[0].depth.most
-        self._owed = max(ticks // 4, ticks * decoding // self._count, 1)
+                self._drawn([lanes[i] for i in ends], some, apart)
 
     def _beside(self, reading: list[Running]) -> list[Running]:
         """Who joins the first: as many as a chunk holds, without padding where that does not pay."""
@@ -151,7 +163,7 @@ class Scheduler(Intake):
     # Tokens.
 
     def _tick(self) -> None:
-        active = [lane for run in self._running if run.drawn for lane in run.active]
+        active = [lane for run in self._running if run.decodes for lane in run.active]
         active.sort(
             key=lambda lane: lane.row
         )  # runners are promised rising rows; lanes of requests may interleave
@@ -185,7 +197,7 @@ class Scheduler(Intake):
 
     def _codas(self) -> None:
         """Decode who rests, unless that may wait for more of them."""
-        runs = [run for run in self._running if run.drawn]
+        runs = [run for run in self._running if run.decodes]
         rests = [lane.rests for run in runs for lane in run.active]
         if self._since_coda < self._coda_every and 4 * sum(rests) < len(rests):
             return
@@ -330,8 +342,11 @@ class Scheduler(Intake):
         runs = list(dict.fromkeys(lane.run for lane, _ in checked))
         self._checked([run for run in runs if all(lane.answer is not None for lane in run.active)])
 
-    def _drawn(self, lanes: list[Lane], logits: Tensor) -> None:
-        """Draw a token after each; feed it next, in this lane or the one that goes on with the draft."""
+    def _drawn(self, lanes: list[Lane], logits: Tensor, apart: bool = False) -> None:
+        """Draw a token after each; feed it next, in this lane or the one that goes on with the draft.
+
+        Those whose prompts run apart wait until it is there.
+        """
         tokens = draw([lane.run.sampler for lane in lanes], logits)
         state, fed = self.runner.state, []
         for i, lane in enumerate(lanes):
@@ -355,8 +370,9 @@ class Scheduler(Intake):
             event = torch.cuda.Event()
             event.record()
         loops = [run.lanes[0].loops if run.drawn else None for run in runs]
-        self._late.append(Late(runs, loops, tokens, event))
+        (self._apart if apart else self._late).append(Late(runs, loops, tokens, event))
         for run in runs:
+            run.waits = apart
             run.next_token()
             if run.drawn == run.checked.request.max_new_tokens:
                 self._free(run)
@@ -389,15 +405,25 @@ class Scheduler(Intake):
     def _read(self, lag: int) -> None:
         """Hand out tokens, the oldest first, until so many reads are outstanding."""
         while self._late and (len(self._late) > lag or self._late[0].ready()):
-            late = self._late.popleft()
-            if late.event is not None:
-                late.event.synchronize()
-            for run, loops, token in zip(late.runs, late.loops, late.tokens.tolist(), strict=True):
-                if run.handle.done:
-                    continue
-                if loops is not None:
-                    run.handle.state.loops.append(loops)
-                self._hand_out(run, token)
+            self._hand_over(self._late.popleft())
+
+    def _arrive(self) -> None:
+        """Let those decode whose prompts ran beside; where nobody else does, wait for them."""
+        while self._apart and (self._apart[0].ready() or not any(run.decodes for run in self._running)):
+            late = self._apart.pop(0)
+            for run in late.runs:
+                run.waits = False
+            self._hand_over(late)
+
+    def _hand_over(self, late: Late) -> None:
+        if late.event is not None:
+            late.event.synchronize()
+        for run, loops, token in zip(late.runs, late.loops, late.tokens.tolist(), strict=True):
+            if run.handle.done:
+                continue
+            if loops is not None:
+                run.handle.state.loops.append(loops)
+            self._hand_out(run, token)
 
     def _hand_out(self, run: Running, token: int) -> None:
         handle, request = run.handle, run.checked.request
@@ -426,7 +452,9 @@ class Scheduler(Intake):
             if len(group) == 1 and group[0].run.handle.done:
                 continue
             try:
-                done.append((group, call(group)))
+                found = call(group)
+                # Runners use their buffers again in the next call.
+                done.append((group, _kept(found) if len(group) < len(lanes) else found))
             except Exception as error:
                 if len(group) == 1:
                     self._end(group[0].run, "failed", error)
@@ -439,6 +467,13 @@ class Scheduler(Intake):
                     self.stats.retried += 1
                     todo += [[lane] for lane in group]
         return done
+
+
+def _kept(found: Any) -> Any:
+    """A copy, of tensors and of what holds them."""
+    if isinstance(found, tuple):
+        return tuple(_kept(each) for each in found)
+    return found.clone() if isinstance(found, Tensor) else found
 
 
 def _key(rule: object) -> object:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from open_mythos import MythosConfig, OpenMythos, kernels_gpu, ops
+from open_mythos import LastLoop, MythosConfig, OpenMythos, kernels_gpu, ops
 from open_mythos.inference.compiled_runner import CompiledRunner
 from open_mythos.inference.engine import Engine
+from open_mythos.inference.exits import StateChange
 from open_mythos.inference.generate import generate
 from open_mythos.inference.graph_runner import GraphRunner
 from open_mythos.inference.graph_serves import changed, too_large, unserved
@@ -65,9 +66,11 @@ def build(attn_type: str, dtype: torch.dtype, device: str = "cpu", **changes: An
     return model.to(device, dtype).eval()
 
 
-def make(model: OpenMythos, rows: PlainRows | TritonRows | None, plain: bool = False) -> PlainRunner:
+def make(
+    model: OpenMythos, rows: PlainRows | TritonRows | None, plain: bool = False, shared: bool = False
+) -> PlainRunner:
     cfg, weight = model.cfg, model.embed.weight
-    layers = Layers(cfg.prelude_layers, 5, cfg.coda_layers)
+    layers = Layers(cfg.prelude_layers, 5, cfg.coda_layers, shared)
     pool = PagePool(
         cfg, layers, rows=4, pages=200, page_size=4, max_context=20, dtype=weight.dtype, device=weight.device
     )
@@ -149,7 +152,7 @@ def several(runner: PlainRunner, times: tuple[int, ...]) -> list[Tensor]:
     return [runner.state.h[list(ROWS)], *(tensor[1:] for tensor in runner.pool.tensors.values())]
 
 
-@pytest.mark.parametrize("times", [(1, 1, 1), (2, 4, 1), (4, 3, 2)])
+@pytest.mark.parametrize("times", [(1, 1, 1), (2, 4, 1), (2, 3, 2)])
 @pytest.mark.parametrize(("attn_type", "coda_layers"), [("mla", 2), ("gqa", 0)])
 def test_several_loops_of_a_call_are_those_of_many(
     attn_type: str, coda_layers: int, times: tuple[int, ...]
@@ -282,6 +285,71 @@ def test_compiled_prompts_are_those_of_the_modules(attn_type: str, halting: str,
             assert list(runner._compiled) == [(2, length)]
             assert runner.refused == {}
     assert apart(*found) < 1e-12
+
+
+@pytest.mark.parametrize("policy", [None, LastLoop()])
+@pytest.mark.parametrize("changes", list(CHANGES))
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_prompts_of_a_padded_shape_are_those_of_the_modules(
+    attn_type: str, changes: str, policy: LastLoop | None
+) -> None:
+    """Of unequal lengths and depths, one under a rule's states, twice in the same buffers."""
+    model, found = build(attn_type, torch.float64, **CHANGES[changes]), []
+    for rows in (PlainRows(), None):
+        runner = make(model, rows, plain=rows is None, shared=policy is not None)
+        for row in ROWS:
+            runner.pool.release(row)
+        seen: list[Tensor] = []
+        for lengths, depths in (((3, 7, 5), (5, 3, 1)), ((6, 2, 4), (3, 3, 2))):
+            ids = torch.randint(
+                0, 96, (3, max(lengths)), generator=torch.Generator().manual_seed(sum(lengths))
+            )
+            for row, length, depth in zip(ROWS, lengths, depths, strict=True):
+                runner.pool.take(row, runner.pool.layers.needed(depth), length)
+            for ruled in (False, True):
+                depth = Depth(depths[0], None, ruled=ruled)
+                logits, _ = runner.prefill(Chunk(ROWS, (0, 0, 0), ids, depth, True, lengths, depths))
+                assert logits is not None
+                seen.append(logits.clone())
+            seen += [tensor[1:].clone() for tensor in runner.pool.tensors.values()]
+            for row in ROWS:
+                runner.pool.release(row)
+        found.append(seen)
+        if rows is not None:
+            assert isinstance(runner, GraphRunner)
+            # Those of make; and padded to one shape, with and without a rule's states.
+            assert list(runner._prompts._shapes) == [(1, 64, False), (3, 64, False), (3, 64, True)]
+    assert apart(*found) < 1e-12
+
+
+def test_long_prompts_and_later_pieces_are_left_to_the_modules() -> None:
+    runner = make(build("gqa", torch.float64), PlainRows())
+    assert isinstance(runner, GraphRunner)
+    depth, ids = Depth(3, None), torch.zeros(1, 4097, dtype=torch.long)
+    serves = runner._prompts.serves
+    assert serves(Chunk((0,), (0,), ids[:, :4096], depth, True))
+    assert not serves(Chunk((0,), (0,), ids, depth, True))
+    assert not serves(Chunk((0,), (4,), ids[:, :4], depth, True))
+    assert not serves(Chunk((0,), (0,), ids[:, :4], Depth(3, StateChange(0.5)), True))
+
+
+class OnPlainRows(GraphRunner):
+    """With the kernels' plain versions."""
+
+    def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
+        super().__init__(model, pool, state, PlainRows())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_that_compute_alone_draw_from_their_own_logits(deterministic: bool) -> None:
+    """The runner's buffers are used again for the next row."""
+    model, found = build("mla", torch.float64, max_seq_len=24), []
+    for kind in (OnPlainRows, PlainRunner):
+        with Engine(model, max_rows=4, runner=kind, deterministic=deterministic) as engine:
+            assert engine.runner.reason is None
+            results = engine.generate([[1, 2, 3], [4, 5], [6, 7, 8], [3]], 6, [3, 2, 5, 4], temperature=0)
+            found.append([result.tokens for result in results])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("name", "value"), [("alibi", 0.5), ("previous_heads", 1), ("halting", "average")])
@@ -440,13 +508,29 @@ def test_the_engine_computes_where_its_model_is() -> None:
 def test_several_loops_of_a_graph_are_those_of_many_to_the_bit(attn_type: str) -> None:
     model = build(attn_type, torch.bfloat16, "cuda")
     together, apart_ = make(model, None), make(model, None)
-    for times in ((2, 4, 1), (4, 3, 2), (2, 4, 1)):
+    for times in ((2, 4, 1), (2, 3, 2), (2, 4, 1)):
         found = several(together, times)
         apart_.prelude(feed(apart_, 0))
         PlainRunner.loops(apart_, batch_of(0, [0] * 3, [0, 1, 2]), times)
         apart_.loop(batch_of(0, [times[0]], [0]))
         wanted = [apart_.state.h[list(ROWS)], *(tensor[1:] for tensor in apart_.pool.tensors.values())]
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_prompts_from_graphs_and_beside_the_ticks_give_the_tokens_of_each_alone(attn_type: str) -> None:
+    model = build(attn_type, torch.float32, "cuda", max_seq_len=256)
+    prompts = [[(7 * i + j) % 96 for j in range(3 + 11 * i % 90)] for i in range(24)]
+    depths = [1 + i % 5 for i in range(24)]
+    with Engine(model, max_rows=6) as engine:
+        runner: Any = engine.runner
+        assert runner.reason is None
+        found = [engine.generate(prompts, 12, depths, temperature=0) for _ in range(2)]
+        assert len(runner._prompts._shapes) > 2
+    for i, prompt in enumerate(prompts):
+        wanted = generate(model, torch.tensor([prompt], device="cuda"), 12, depths[i], 0)[0, len(prompt) :]
+        assert [results[i].tokens for results in found] == [wanted.tolist()] * 2
 
 
 @pytest.mark.gpu
