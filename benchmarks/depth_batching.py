@@ -233,7 +233,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, nargs=2, default=(8, 24), help="fewest and most new tokens")
     parser.add_argument("--load", type=float, default=4.0, help="arrivals, in what most depth could serve")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of prompts in one call")
-    parser.add_argument("--coda-every", type=int, default=4, help="loops between codas")
+    parser.add_argument("--coda-every", type=int, default=8, help="loops between codas")
     parser.add_argument("--plain", action="store_true", help="the model's own modules, no kernels or graphs")
     parser.add_argument(
         "--ways", nargs="+", default=["most depth", "batches", "generate"], help="to compare with"

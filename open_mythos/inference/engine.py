@@ -83,8 +83,8 @@ class Engine:
         policy: how loops share the cache; exact (every loop) when None.
         codec: how keys and values are kept; as they are when None.
         deterministic: compute every row alone, so that its bits are the same whatever else runs. Slow.
-        coda_every: loops between codas, while more than three quarters of the rows still loop. More reads the
-            coda's weights less often, and keeps rows waiting.
+        coda_every: loops between codas, while more than half of the rows still loop. More reads the coda's weights
+            less often, and keeps rows waiting.
         runner: makes what computes; None takes the fastest that serves the model.
 
     Raises:
@@ -105,7 +105,7 @@ class Engine:
         policy: LoopPolicy | None = None,
         codec: CacheCodec | None = None,
         deterministic: bool = False,
-        coda_every: int = 4,
+        coda_every: int = 8,
         runner: MakeRunner | None = None,
     ) -> None:
         _check_kinds(model, policy)

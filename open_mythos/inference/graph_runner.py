@@ -40,6 +40,12 @@ def _entries(columns: Tensor) -> Entries:
     return Entries(*columns.unbind())
 
 
+def _table(batch: Batch, loops: Sequence[int] | None = None) -> Tensor:
+    """What entries are made of, (4, n) on the host."""
+    loops = batch.loops if loops is None else loops
+    return torch.tensor([batch.rows, batch.positions, loops, batch.ruled], dtype=torch.int32)
+
+
 class GraphRunner(PlainRunner):
     """:class:`PlainRunner` with decode steps in kernels, captured once for each number of rows.
 
@@ -101,7 +107,7 @@ class GraphRunner(PlainRunner):
         self._tables = {
             n: torch.full((4, max(n, 4)), -1, dtype=torch.int32, device=device) for n in self._buckets
         }
-        self._shown: dict[int, list[list[int]]] = {}
+        self._shown: dict[int, Tensor] = {}
         self._next: dict[int, int] = {}  # loop for which each row's input has been prepared
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
         self._rounds: dict[Any, Tensor] = {}
@@ -159,18 +165,15 @@ class GraphRunner(PlainRunner):
         if (most, bucket) not in self._strides:
             table = torch.full((4, most * each), -1, dtype=torch.int32, device=self._rope.device)
             self._strides[most, bucket] = table
-        table, fill = self._strides[most, bucket], [-1] * (each - len(times))
-        wanted: list[list[int]] = [[], [], [], []]
-        for i in range(most):
-            wanted[0] += [
-                row if count > i else -1 for row, count in zip(batch.rows, times, strict=True)
-            ] + fill
-            wanted[1] += [*batch.positions, *fill]
-            wanted[2] += [
-                done + i if count > i else -1 for done, count in zip(batch.loops, times, strict=True)
-            ] + fill
-            wanted[3] += [*map(int, batch.ruled), *fill]
-        table.copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
+        table, n = self._strides[most, bucket], len(times)
+        wanted = torch.full((4, most, each), -1, dtype=torch.int32)
+        shown = _table(batch)
+        loops = shown[2] + torch.arange(most, dtype=torch.int32).unsqueeze(1)
+        left = torch.arange(most).unsqueeze(1) < torch.tensor(times)
+        wanted[:, :, :n] = shown.unsqueeze(1)
+        wanted[0, :, :n].masked_fill_(~left, -1)
+        wanted[2, :, :n] = loops.masked_fill_(~left, -1)
+        table.copy_(wanted.view(4, -1), non_blocking=True)
         self._replay((("loops", most), bucket), partial(self._do_loops, table, most, each, bucket), table)
         done = zip(batch.rows, batch.loops, times, strict=True)
         self._next.update((row, t + count) for row, t, count in done)
@@ -279,16 +282,14 @@ class GraphRunner(PlainRunner):
         """Show the device the batch and launch the work."""
         count = len(batch.rows)
         bucket = self._bucket(count)
-        fill = [-1] * (self._tables[bucket].shape[1] - count)
-        loops = list(batch.loops if loops is None else loops)
-        ruled = [int(each) for each in batch.ruled]
-        wanted = [[*values, *fill] for values in (batch.rows, batch.positions, loops, ruled)]
-        if self._shown.get(bucket) != wanted:
+        wanted = torch.full(self._tables[bucket].shape, -1, dtype=torch.int32)
+        wanted[:, :count] = _table(batch, loops)
+        shown = self._shown.get(bucket)
+        if shown is None or not torch.equal(shown, wanted):
             # Not from pinned memory, which would have to outlive the copy.
-            self._tables[bucket].copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
+            self._tables[bucket].copy_(wanted, non_blocking=True)
         self._launch(what, bucket)
-        done = {"loop": 1}.get(what, 0) if isinstance(what, str) else what[1]
-        wanted[2] = [t + done for t in loops] + fill
+        wanted[2, :count] += {"loop": 1}.get(what, 0) if isinstance(what, str) else what[1]
         self._shown[bucket] = wanted
 
     def _launch(self, what: Any, bucket: int) -> None:

@@ -26,7 +26,7 @@ from open_mythos.model.recurrence import HaltingWeights
 
 __all__ = ["STRIDE", "Batch", "Chunk", "PlainRunner", "RowState", "Runner"]
 
-STRIDE = 4
+STRIDE = 8
 """Loops that one call of a runner in kernels may run: newcomers wait no longer than that."""
 
 

@@ -62,7 +62,7 @@ class Scheduler(Intake):
         rows: requests that run at once.
         chunk: tokens of prompts in one call; a prompt is cut at multiples of it, whatever else goes on.
         queue: requests that may wait.
-        coda_every: ticks between codas, while most rows still loop.
+        coda_every: ticks between codas, while more than half of the rows still loop.
         alone: compute each row by itself, so that its bits do not depend on others.
         lag: reads of new tokens that may be outstanding.
     """
@@ -190,7 +190,7 @@ class Scheduler(Intake):
         for i, left in enumerate(lefts):
             if left >= most:
                 break
-            if 4 * (resting + i + 1) >= count:
+            if 2 * (resting + i + 1) >= count:
                 most = left
                 break
         return 1 << (min(most, self.runner.stride).bit_length() - 1)
@@ -199,7 +199,7 @@ class Scheduler(Intake):
         """Decode who rests, unless that may wait for more of them."""
         runs = [run for run in self._running if run.decodes]
         rests = [lane.rests for run in runs for lane in run.active]
-        if self._since_coda < self._coda_every and 4 * sum(rests) < len(rests):
+        if self._since_coda < self._coda_every and 2 * sum(rests) < len(rests):
             return
         ready = [lane for run in runs if run.active[0].rests for lane in run.ready()]
         if ready:

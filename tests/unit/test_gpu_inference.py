@@ -159,7 +159,7 @@ def test_several_loops_of_a_call_are_those_of_many(
 ) -> None:
     model = build(attn_type, torch.float64, halting="off", coda_layers=coda_layers)
     runner = make(model, PlainRows())
-    assert runner.stride == 4
+    assert runner.stride == 8
     assert apart(several(runner, times), several(make(model, None, plain=True), times)) < 1e-12
 
 
