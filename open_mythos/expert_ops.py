@@ -251,13 +251,16 @@ def expert_mlps_reference(
 
 def expert_mlps(rows: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """:func:`expert_mlps_reference`; compiled for a GPU with a backward that passes over the hidden rows once."""
-    if rows.is_cuda and torch.compiler.is_compiling() and _experts_serve(rows, w_in, w_out):
+    if rows.is_cuda and torch.compiler.is_compiling() and products_are_grouped(rows, w_in, w_out):
         return _Experts.apply(rows, w_in, w_out, weights, counts.cumsum(0).to(torch.int32))
     return expert_mlps_reference(rows, w_in, w_out, weights, counts)
 
 
-def _experts_serve(rows: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
-    """Whether both products can be grouped: half of an aligned width, as the gate leaves it, need not be aligned."""
+def products_are_grouped(rows: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether both products of these experts can be grouped, so that the host reads no counts.
+
+    Half of an aligned width, as the gate leaves it, need not be aligned.
+    """
     return _grouped_mm_serves(rows, w_in) and (w_out.shape[1] * w_out.element_size()) % 16 == 0
 
 

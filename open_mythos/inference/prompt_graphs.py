@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.expert_ops import products_are_grouped
 from open_mythos.inference.pages import PagePool, moved
 from open_mythos.inference.runner import Chunk
 from open_mythos.model import OpenMythos
@@ -46,19 +47,24 @@ class PromptGraphs:
     Args:
         model: in eval mode whenever this is called; its halting is off or selects.
         pool: where keys and values go.
-        capture: into graphs; otherwise the same work is done call by call, which any device can.
+        capture: into graphs, which bfloat16 weights are served by; otherwise the same work is done call by call, which
+            any device can.
     """
 
     def __init__(self, model: OpenMythos, pool: PagePool, capture: bool) -> None:
         self._model, self._pool, self._capture = model, pool, capture
+        moe: Any = model.recurrent.block.ffn
+        # Otherwise the host reads how many tokens each expert got, which no graph can.
+        self._able = not capture or products_are_grouped(model.embed.weight, moe.w_in, moe.w_out)
         self._shapes: OrderedDict[tuple[int, int, bool], tuple[_Shape, list[Callable[[], None]]]]
         self._shapes = OrderedDict()
         self._memory: Any = None
 
     def serves(self, chunk: Chunk) -> bool:
-        """Whether these prompts are short enough, and nothing of them is cached."""
+        """Whether these prompts are short enough, nothing of them is cached, and a graph can hold the model's step."""
         n, length = self._shape(chunk)
-        return chunk.depth.rule is None and not any(chunk.starts) and n * length <= _TOKENS
+        fits = chunk.depth.rule is None and not any(chunk.starts) and n * length <= _TOKENS
+        return self._able and fits
 
     def __call__(self, chunk: Chunk) -> Tensor | None:
         """Logits (n, V) after the prompts if they end here, in a buffer that the next chunk reuses."""

@@ -517,20 +517,59 @@ def test_several_loops_of_a_graph_are_those_of_many_to_the_bit(attn_type: str) -
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+# Widths that a grouped product takes in bfloat16.
+ALIGNED = {"dim": 64, "expert_dim": 32, "max_seq_len": 256}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_prompts_from_graphs_and_beside_the_ticks_give_the_tokens_of_each_alone(attn_type: str) -> None:
-    model = build(attn_type, torch.float32, "cuda", max_seq_len=256)
-    prompts = [[(7 * i + j) % 96 for j in range(3 + 11 * i % 90)] for i in range(24)]
-    depths = [1 + i % 5 for i in range(24)]
-    with Engine(model, max_rows=6) as engine:
+def test_prompts_from_graphs_are_those_of_the_modules(attn_type: str) -> None:
+    model = build(attn_type, torch.bfloat16, "cuda", **ALIGNED)
+    exact = build(attn_type, torch.float64, **ALIGNED)
+    ids, lengths, depths = torch.randint(0, 96, (3, 15)), (15, 9, 12), (5, 3, 1)
+    found = []
+    for runner in (make(model, None), make(model, None, plain=True), make(exact, None, plain=True)):
+        for row, length, depth in zip(ROWS, lengths, depths, strict=True):
+            runner.pool.release(row)
+            runner.pool.take(row, runner.pool.layers.needed(depth), length)
+        chunk, seen = Chunk(ROWS, (0, 0, 0), ids, Depth(5), True, lengths, depths), []
+        for _ in range(2):
+            logits, _ = runner.prefill(chunk)
+            assert logits is not None
+            seen.append(logits.clone())
+        assert torch.equal(*seen)
+        if isinstance(runner, GraphRunner):
+            assert (3, 64, False) in runner._prompts._shapes
+        found.append([seen[0], *(tensor[1:] for tensor in runner.pool.tensors.values())])
+    assert apart(found[0], found[2]) < 1.5 * apart(found[1], found[2]) + 1e-3
+
+
+@pytest.mark.gpu
+def test_prompts_beside_the_ticks_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk holds one prompt only, so that rounding is the same whatever comes when."""
+    model, found = build("mla", torch.bfloat16, "cuda", **ALIGNED), []
+    prompts = [[(7 * i + j) % 96 for j in range(50 + 11 * i % 40)] for i in range(24)]
+    for beside in (True, False):
+        if not beside:
+            monkeypatch.setattr(GraphRunner, "beside", PlainRunner.beside)
+        with Engine(model, max_rows=6, prefill_chunk=92) as engine:
+            runner: Any = engine.runner
+            results = engine.generate(prompts, 12, [1 + i % 5 for i in range(24)], temperature=0)
+            assert set(runner._prompts._shapes) == {(1, 64, False), (1, 128, False)}
+            found.append([result.tokens for result in results])
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+def test_what_no_graph_can_hold_runs_through_the_modules() -> None:
+    """In float32 experts are multiplied one by one, as the host reads their counts."""
+    model = build("mla", torch.float32, "cuda", **ALIGNED)
+    with Engine(model, max_rows=2) as engine:
         runner: Any = engine.runner
+        tokens = engine.generate([[1, 2, 3]], 5, 3, temperature=0)[0].tokens
         assert runner.reason is None
-        found = [engine.generate(prompts, 12, depths, temperature=0) for _ in range(2)]
-        assert len(runner._prompts._shapes) > 2
-    for i, prompt in enumerate(prompts):
-        wanted = generate(model, torch.tensor([prompt], device="cuda"), 12, depths[i], 0)[0, len(prompt) :]
-        assert [results[i].tokens for results in found] == [wanted.tolist()] * 2
+        assert not runner._prompts._shapes
+    assert tokens == generate(model, torch.tensor([[1, 2, 3]], device="cuda"), 5, 3, 0)[0, 3:].tolist()
 
 
 @pytest.mark.gpu

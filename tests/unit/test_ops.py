@@ -264,4 +264,4 @@ def test_experts_whose_second_product_is_not_aligned_are_not_grouped(width: int,
     rows, w_in, w_out = torch.zeros(4, 16), torch.zeros(2, 16, 2 * width), torch.zeros(2, width, 16)
     low = [x.bfloat16() for x in (rows, w_in, w_out)]
     assert expert_ops._grouped_mm_serves(low[0], low[1])
-    assert expert_ops._experts_serve(*low) == serves
+    assert expert_ops.products_are_grouped(*low) == serves

@@ -281,6 +281,7 @@ def test_every_way_to_train_resumes_bit_for_bit(root: Path, tmp_path: Path, over
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_on_a_gpu_waits_for_nothing_and_skips_alike(root: Path, kind: str):
     gpu = World(device=torch.device("cuda", 0))
