@@ -71,6 +71,7 @@ class CompiledRunner(GraphRunner):
 
         if shape not in self._compiled:
             self._compiled[shape] = self._compile()
+        self._after_prompts()
         try:
             return self._whole_prompts(chunk, self._compiled[shape]), None
         except TorchDynamoException as error:  # such as one program too many

@@ -71,6 +71,8 @@ class GraphRunner(PlainRunner):
         self._given = rows
         self._watch: Watch | None = None
         self._outside: tuple[bool, str | None] = False, None
+        self._side: torch.cuda.Stream | None = None
+        self._prompting: torch.cuda.Stream | None = None
         cfg, weight = model.cfg, model.embed.weight
         width = cfg.rope_dim
         exponent = torch.arange(0, width, 2, device=weight.device, dtype=wide(weight.dtype)) / width
@@ -122,9 +124,15 @@ class GraphRunner(PlainRunner):
 
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
         """As :meth:`PlainRunner.prefill`; short prompts from graphs, their logits in a buffer that is used again."""
+        self._after_prompts()
         if self.reason is None and self._prompts.serves(chunk):
             return self._prompts(chunk), None
         return super().prefill(chunk)
+
+    def _after_prompts(self) -> None:
+        """Who went while the prompt ran beside has left its pages to others, and they are still written to."""
+        if self._prompting is not None and torch.cuda.current_stream() != self._prompting:
+            torch.cuda.current_stream().wait_stream(self._prompting)
 
     def beside(self, chunk: Chunk) -> AbstractContextManager[Any] | None:
         """A stream for prompts that graphs serve. It begins when all that was launched before is done."""

@@ -127,7 +127,7 @@ class Runner(Protocol):
         ...
 
     def beside(self, chunk: Chunk) -> AbstractContextManager[Any] | None:
-        """Within it this chunk may be computed, and its tokens drawn, while later calls run; None: not served."""
+        """Within it, more than once, this chunk is computed and its tokens drawn while later calls run, or None."""
         ...
 
     def prelude(self, batch: Batch) -> None:
@@ -243,7 +243,7 @@ class PlainRunner:
         return self._answer(h, ctx, chunk.last, chunk.counts), None
 
     def beside(self, chunk: Chunk) -> AbstractContextManager[Any] | None:
-        """Not served: where a chunk of whole prompts may be computed, and their tokens drawn, beside later calls."""
+        """Not served: where a chunk of whole prompts is computed, and their tokens drawn, beside later calls."""
         return None
 
     def _think_uneven(self, h: Tensor, e: Tensor, chunk: Chunk) -> Tensor:

@@ -110,8 +110,7 @@ class Scheduler(Intake):
         together = sorted(self._beside(reading), key=lambda run: (-run.depth.most, run.row))
 
         beside = self._room_beside(together)
-        with beside or nullcontext():
-            self._prompts_of(together, apart=beside is not None)
+        self._prompts_of(together, beside)
         # A chunk takes about as long as so many ticks. Of the time, those who decode get a fifth to a half: the
         # more they are, the more. Beside them it takes none.
         decoding, ticks = sum(run.decodes for run in self._running), together[0].depth.most
@@ -122,11 +121,11 @@ class Scheduler(Intake):
         whole = all(piece_of(run, self._chunk) == (0, run.checked.prompt.numel()) for run in together)
         return None if self._alone or not whole else self.runner.beside(chunk_of(together, self._chunk))
 
-    def _prompts_of(self, together: list[Running], apart: bool) -> None:
+    def _prompts_of(self, together: list[Running], beside: AbstractContextManager[Any] | None) -> None:
         def prefill(lanes: list[Lane]) -> tuple[Tensor | None, Tensor | None]:
             return self.runner.prefill(chunk_of([lane.run for lane in lanes], self._chunk))
 
-        for lanes, (logits, loops) in self._each([run.lanes[0] for run in together], prefill):
+        for lanes, (logits, loops) in self._each([run.lanes[0] for run in together], prefill, beside):
             self.stats.chunks += 1
             ends = []
             for i, lane in enumerate(lanes):
@@ -139,7 +138,7 @@ class Scheduler(Intake):
                     ends.append(i)
             if logits is not None:
                 some = logits if len(ends) == len(lanes) else logits[on_device(ends, logits.device)]
-                self._drawn([lanes[i] for i in ends], some, apart)
+                self._drawn([lanes[i] for i in ends], some, beside)
 
     def _beside(self, reading: list[Running]) -> list[Running]:
         """Who joins the first: as many as a chunk holds, without padding where that does not pay."""
@@ -342,11 +341,27 @@ class Scheduler(Intake):
         runs = list(dict.fromkeys(lane.run for lane, _ in checked))
         self._checked([run for run in runs if all(lane.answer is not None for lane in run.active)])
 
-    def _drawn(self, lanes: list[Lane], logits: Tensor, apart: bool = False) -> None:
+    def _drawn(
+        self, lanes: list[Lane], logits: Tensor, beside: AbstractContextManager[Any] | None = None
+    ) -> None:
         """Draw a token after each; feed it next, in this lane or the one that goes on with the draft.
 
-        Those whose prompts run apart wait until it is there.
+        Those whose prompts run beside wait until it is there.
         """
+        with beside or nullcontext():
+            late = self._draw(lanes, logits)
+        if late is None:
+            return
+        (self._late if beside is None else self._apart).append(late)
+        for run in late.runs:
+            run.waits = beside is not None
+            run.next_token()
+            # Who waits may still write to its pages.
+            if run.drawn == run.checked.request.max_new_tokens and not run.waits:
+                self._free(run)
+
+    def _draw(self, lanes: list[Lane], logits: Tensor) -> Late | None:
+        """The tokens that are not drafts, on their way to the host."""
         tokens = draw([lane.run.sampler for lane in lanes], logits)
         state, fed = self.runner.state, []
         for i, lane in enumerate(lanes):
@@ -358,7 +373,7 @@ class Scheduler(Intake):
         state.ids[on_device(fed, state.ids.device)] = tokens.clamp(min=0)
         own = [i for i, lane in enumerate(lanes) if fed[i] == lane.row]
         if not own:
-            return
+            return None
         runs = [lanes[i].run for i in own]
         if len(own) < len(lanes):
             tokens = tokens[on_device(own, tokens.device)]
@@ -370,12 +385,7 @@ class Scheduler(Intake):
             event = torch.cuda.Event()
             event.record()
         loops = [run.lanes[0].loops if run.drawn else None for run in runs]
-        (self._apart if apart else self._late).append(Late(runs, loops, tokens, event))
-        for run in runs:
-            run.waits = apart
-            run.next_token()
-            if run.drawn == run.checked.request.max_new_tokens:
-                self._free(run)
+        return Late(runs, loops, tokens, event)
 
     def _checked(self, runs: list[Running]) -> None:
         """Keep what the full depth agrees with, and begin the next draft. Reads the device once."""
@@ -443,7 +453,12 @@ class Scheduler(Intake):
         elif len(handle.state.tokens) == request.max_new_tokens:
             self._end(run, "length")
 
-    def _each(self, lanes: list[Lane], call: Callable[[list[Lane]], T]) -> list[tuple[list[Lane], T]]:
+    def _each(
+        self,
+        lanes: list[Lane],
+        call: Callable[[list[Lane]], T],
+        within: AbstractContextManager[Any] | None = None,
+    ) -> list[tuple[list[Lane], T]]:
         """What the call gives for all; where it raises, for each alone, and who raises then has failed."""
         done: list[tuple[list[Lane], T]] = []
         todo = [[lane] for lane in lanes] if self._alone else [lanes] if lanes else []
@@ -452,9 +467,10 @@ class Scheduler(Intake):
             if len(group) == 1 and group[0].run.handle.done:
                 continue
             try:
-                found = call(group)
-                # Runners use their buffers again in the next call.
-                done.append((group, _kept(found) if len(group) < len(lanes) else found))
+                with within or nullcontext():
+                    found = call(group)
+                    # Runners use their buffers again in the next call.
+                    done.append((group, _kept(found) if len(group) < len(lanes) else found))
             except Exception as error:
                 if len(group) == 1:
                     self._end(group[0].run, "failed", error)

@@ -137,3 +137,21 @@ def test_first_tokens_that_are_not_finite_fail() -> None:
         handle = engine.submit(Request([1, 2], 3, 2, temperature=0))
         handle.wait()
         assert handle.state.reason == "failed"
+
+
+def test_a_request_of_one_token_keeps_its_pages_until_the_prompt_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = Slow(monkeypatch, 10**9)
+    with Engine(tiny_model(), max_rows=2, runner=Beside) as engine:
+        decoding = engine.submit(Request([1, 2], 30, 2, temperature=0))
+        while not decoding.state.tokens:
+            engine.step()
+        single = engine.submit(Request([3], 1, 2, temperature=0))
+        for _ in range(3):
+            engine.step()
+        assert single.state.tokens == []
+        assert engine.stats.running == 2
+        slow.left = dict.fromkeys(slow.left, 0)
+        assert len(single.result().tokens) == 1
+        assert engine.stats.running == 1
