@@ -21,6 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from open_mythos.inference.graph_room import Room, injection_of
 from open_mythos.inference.graph_serves import unserved, unserved_config
+from open_mythos.inference.graph_tables import Asking, entries_of, round_of, several_of, table_of, width_of
 from open_mythos.inference.pages import PagePool
 from open_mythos.inference.prompt_graphs import PromptGraphs
 from open_mythos.inference.runner import STRIDE, Batch, Chunk, PlainRunner, RowState
@@ -34,16 +35,6 @@ from open_mythos.rows.plain import Entries, Pages, PlainRows, wide
 __all__ = ["GraphRunner"]
 
 _GRAPHS = 128  # that are kept: about eight for each number of rows, and one for each depth of whole tokens
-
-
-def _entries(columns: Tensor) -> Entries:
-    return Entries(*columns.unbind())
-
-
-def _table(batch: Batch, loops: Sequence[int] | None = None) -> Tensor:
-    """What entries are made of, (4, n) on the host."""
-    loops = batch.loops if loops is None else loops
-    return torch.tensor([batch.rows, batch.positions, loops, batch.ruled], dtype=torch.int32)
 
 
 class GraphRunner(PlainRunner):
@@ -105,15 +96,15 @@ class GraphRunner(PlainRunner):
             self._buckets.append(2 * self._buckets[-1])
         self._ops: Any = TritonRows(most=self._buckets[-1]) if self._given is None else self._given
         self._whole = Room(model, self._buckets[-1])
-        # Rows of 16 bytes at least: a kernel is compiled once more for addresses that are not aligned.
         self._tables = {
-            n: torch.full((4, max(n, 4)), -1, dtype=torch.int32, device=device) for n in self._buckets
+            n: torch.full((4, width_of(n)), -1, dtype=torch.int32, device=device) for n in self._buckets
         }
+        self._asking = Asking(self._buckets[-1], self._rope.dtype, device)
         self._shown: dict[int, Tensor] = {}
         self._next: dict[int, int] = {}  # loop for which each row's input has been prepared
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
         self._rounds: dict[Any, Tensor] = {}
-        self._strides: dict[tuple[int, int], Tensor] = {}
+        self._strides: dict[Any, Tensor] = {}
         self._memory: Any = None
         self._side, self._prompting = (
             torch.cuda.Stream() if device.type == "cuda" else None for _ in range(2)
@@ -168,28 +159,27 @@ class GraphRunner(PlainRunner):
         if self.reason is not None:
             return super().loops(batch, times)
         self._catch_up(batch)
-        most, bucket = max(times), self._bucket(len(times))
-        each = max(bucket, 4)
-        if (most, bucket) not in self._strides:
-            table = torch.full((4, most * each), -1, dtype=torch.int32, device=self._rope.device)
-            self._strides[most, bucket] = table
-        table, n = self._strides[most, bucket], len(times)
-        wanted = torch.full((4, most, each), -1, dtype=torch.int32)
-        shown = _table(batch)
-        loops = shown[2] + torch.arange(most, dtype=torch.int32).unsqueeze(1)
-        left = torch.arange(most).unsqueeze(1) < torch.tensor(times)
-        wanted[:, :, :n] = shown.unsqueeze(1)
-        wanted[0, :, :n].masked_fill_(~left, -1)
-        wanted[2, :, :n] = loops.masked_fill_(~left, -1)
-        table.copy_(wanted.view(4, -1), non_blocking=True)
-        self._replay((("loops", most), bucket), partial(self._do_loops, table, most, each, bucket), table)
+        self._several("loops", batch, times)
         done = zip(batch.rows, batch.loops, times, strict=True)
         self._next.update((row, t + count) for row, t, count in done)
         return None
 
+    def _several(self, name: str, batch: Batch, times: Sequence[int]) -> Tensor:
+        """Do this work on a block of columns for each loop; returns the table."""
+        most, bucket = max(times), self._bucket(len(times))
+        width, key = width_of(bucket), (name, most)
+        if (key, bucket) not in self._strides:
+            blank = torch.full((4, most * width), -1, dtype=torch.int32, device=self._rope.device)
+            self._strides[key, bucket] = blank
+        table = self._strides[key, bucket]
+        table.copy_(several_of(batch, times, width), non_blocking=True)
+        work: Callable[..., None] = getattr(self, f"_do_{name}")
+        self._replay((key, bucket), partial(work, table, most, width, bucket), table)
+        return table
+
     def _do_loops(self, table: Tensor, count: int, each: int, bucket: int) -> None:
         for i in range(count):
-            self._do_loop(_entries(table[:, i * each :][:, :bucket]))
+            self._do_loop(entries_of(table[:, i * each :][:, :bucket]))
 
     def coda(self, batch: Batch) -> Tensor:
         """As :meth:`PlainRunner.coda`; the logits are float32, in a buffer that the next call reuses."""
@@ -247,19 +237,7 @@ class GraphRunner(PlainRunner):
             table = self._rounds[key] = torch.full(
                 (4, columns), -1, dtype=torch.int32, device=self._rope.device
             )
-        wanted = []
-        for values, start in (
-            (batch.rows, None),
-            (batch.positions, None),
-            (batch.loops, loops),
-            (batch.ruled, None),
-        ):
-            check = list(values) if start is None else [start] * len(values)
-            row = check + [-1] * (wide - len(check))
-            for i in range(drafts + 1):
-                row += [*values[i * count : (i + 1) * count], *[-1] * (each - count)]
-            wanted.append([int(value) for value in row])
-        table.copy_(torch.tensor(wanted, dtype=torch.int32), non_blocking=True)
+        table.copy_(round_of(batch, drafts, loops, wide, each), non_blocking=True)
 
         def work() -> None:
             parts = [table[:, wide + i * each :][:, :count] for i in range(drafts + 1)]
@@ -272,7 +250,7 @@ class GraphRunner(PlainRunner):
     def _do_round(self, check: Tensor, parts: Sequence[Tensor], loops: int, most: int) -> None:
         ids = self.state.ids
         for i, part in enumerate(parts):
-            entries = _entries(part)
+            entries = entries_of(part)
             self._do_prelude(entries)
             if i + 1 == len(parts):
                 for _ in range(loops):
@@ -282,7 +260,25 @@ class GraphRunner(PlainRunner):
             tokens, rows = self._whole.logits[: part.shape[1]].argmax(-1), parts[i + 1][0].long()
             into = rows.clamp(min=0)  # fill, which stands for nobody
             ids[into] = torch.where(rows < 0, ids[into], tokens)
-        self._do_rest(_entries(check), most - loops)
+        self._do_rest(entries_of(check), most - loops)
+
+    def leave(self, batch: Batch, probed: Sequence[int | None], probes: Sequence[Sequence[int]]) -> None:
+        """As :meth:`PlainRunner.leave`; in the modules where a rule has decoded."""
+        if self.reason is not None or any(loop is not None for loop in probed):
+            return super().leave(batch, probed, probes)
+        self._catch_up(batch)
+        nothing = [0] * len(batch.rows)
+        self._asking.show(nothing, nothing, batch.most)
+        self._run("leave", batch)
+        return None
+
+    def _do_leave(self, entries: Entries) -> None:
+        """Show what the next loop would show, and deeper ones the same."""
+        looped = not self.pool.layers.shared
+        pages = self._pages(self.pool.layers.of_loop(0), looped=looped)
+        self._shown_by(entries, self.model.recurrent.block, self._injection.x, pages)
+        if looped:
+            self._ops.spread(entries, self._asking.of(len(entries.rows)), pages, self.pool.layers.loops)
 
     # How.
 
@@ -291,7 +287,7 @@ class GraphRunner(PlainRunner):
         count = len(batch.rows)
         bucket = self._bucket(count)
         wanted = torch.full(self._tables[bucket].shape, -1, dtype=torch.int32)
-        wanted[:, :count] = _table(batch, loops)
+        wanted[:, :count] = table_of(batch, loops)
         shown = self._shown.get(bucket)
         if shown is None or not torch.equal(shown, wanted):
             # Not from pinned memory, which would have to outlive the copy.
@@ -304,7 +300,7 @@ class GraphRunner(PlainRunner):
         name, *rest = (what,) if isinstance(what, str) else what
         work: Callable[..., None] = getattr(self, f"_do_{name}")
         table = self._tables[bucket]
-        self._replay((what, bucket), lambda: work(_entries(table[:, :bucket]), *rest), table)
+        self._replay((what, bucket), lambda: work(entries_of(table[:, :bucket]), *rest), table)
 
     def _bucket(self, count: int) -> int:
         return next(n for n in self._buckets if n >= count)
@@ -422,27 +418,28 @@ class GraphRunner(PlainRunner):
 
     def _attention(self, entries: Entries, block: Any, x: Tensor, pages: Pages) -> Tensor:
         """X + attention(norm(x)), (N, D), of persistent rows x."""
-        room, ops, count, eps = self._whole, self._ops, len(entries.rows), self.model.cfg.norm_eps
-        low, q, mixed, inner = (each[:count] for each in (room.low, room.q, room.mixed, room.inner))
-        attn, gain = block.attn, block.attn_norm.weight
+        room, ops, count = self._whole, self._ops, len(entries.rows)
+        mixed, inner, attn = room.mixed[:count], room.inner[:count], block.attn
+        q = self._shown_by(entries, block, x, pages)
         if self.model.cfg.attn_type == "mla":
-            downs, up, nope = (attn.q_down.weight, attn.kv_down.weight), attn.kv_up.weight, attn.nope_dim
-            ops.linear(entries, x, downs, low, gain=gain, eps=eps, maps="a")
-            gains = attn.q_norm.weight, attn.kv_norm.weight
-            ops.queries(entries, low, *gains, attn.q_up.weight, up, self._rope, pages, q, nope, eps)
-            ops.attend(entries, q, pages, mixed, attn.scale, up, nope)
+            ops.attend(entries, q, pages, mixed, attn.scale, attn.kv_up.weight, attn.nope_dim)
         else:
-            ops.linear(
-                entries,
-                x,
-                (attn.wq.weight, attn.wk.weight, attn.wv.weight),
-                low,
-                gain=gain,
-                eps=eps,
-                maps="a",
-            )
-            gains = (None, None) if attn.q_norm is None else (attn.q_norm.weight, attn.k_norm.weight)
-            ops.heads(entries, low, *gains, self._rope, pages, q, eps)
             ops.attend(entries, q, pages, mixed, attn.head_dim**-0.5)
         ops.linear(entries, mixed, (attn.wo.weight,), inner, add=x, maps="+")
         return inner
+
+    def _shown_by(self, entries: Entries, block: Any, x: Tensor, pages: Pages) -> Tensor:
+        """Queries (N, H, …) of persistent rows x; what later tokens see of them goes to their pages."""
+        room, ops, count, eps = self._whole, self._ops, len(entries.rows), self.model.cfg.norm_eps
+        low, q, attn, gain = room.low[:count], room.q[:count], block.attn, block.attn_norm.weight
+        if self.model.cfg.attn_type == "mla":
+            downs, up = (attn.q_down.weight, attn.kv_down.weight), attn.kv_up.weight
+            ops.linear(entries, x, downs, low, gain=gain, eps=eps, maps="a")
+            gains = attn.q_norm.weight, attn.kv_norm.weight
+            ops.queries(entries, low, *gains, attn.q_up.weight, up, self._rope, pages, q, attn.nope_dim, eps)
+        else:
+            weights = attn.wq.weight, attn.wk.weight, attn.wv.weight
+            ops.linear(entries, x, weights, low, gain=gain, eps=eps, maps="a")
+            gains = (None, None) if attn.q_norm is None else (attn.q_norm.weight, attn.k_norm.weight)
+            ops.heads(entries, low, *gains, self._rope, pages, q, eps)
+        return q

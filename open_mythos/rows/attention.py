@@ -13,7 +13,7 @@ import triton.language as tl
 
 from open_mythos.rows.kernels import product
 
-__all__ = ["attend", "combine", "heads", "queries"]
+__all__ = ["attend", "combine", "heads", "queries", "spread"]
 
 
 @triton.jit
@@ -124,6 +124,29 @@ def heads(
             to = values + (at * G + head - H - G) * width
     tl.store(to + d, a, here)
     tl.store(to + HALF + d, b, here)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def spread(
+    rows, loop, pos, until, table, keys, values, K, layer, row_stride, layer_stride, page_size,
+    VALUES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What one row's token shows in its loop is copied to one of the deeper loops."""
+    m = tl.program_id(0)
+    row = tl.load(rows + m)
+    if row < 0:
+        return
+    t = tl.load(loop + m)
+    deep = t + 1 + tl.program_id(1)
+    if deep >= tl.load(until + m):
+        return
+    at = tl.load(pos + m)
+    source = _place(table, row, at, t, layer, row_stride, layer_stride, page_size, True) * K
+    to = _place(table, row, at, deep, layer, row_stride, layer_stride, page_size, True) * K
+    d = tl.arange(0, BLOCK)
+    tl.store(keys + to + d, tl.load(keys + source + d, d < K, 0.0), d < K)
+    if VALUES:
+        tl.store(values + to + d, tl.load(values + source + d, d < K, 0.0), d < K)
 
 
 @triton.jit

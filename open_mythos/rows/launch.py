@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.rows.plain import Entries, Injection, Pages
+from open_mythos.rows.plain import Asks, Entries, Injection, Pages
 
 __all__ = ["SPLITS", "TritonRows"]
 
@@ -124,6 +124,18 @@ class TritonRows:
             entries.pos, pages.table, pages.keys, pages.values, q, heads, groups, width // 2, pages.layer,
             *pages.table.stride()[:2], pages.keys.shape[1], eps, LOOPED=pages.looped, NORM=q_gain is not None,
             BLOCK=_up(width // 2), num_warps=1,
+        )  # fmt: skip
+
+    def spread(self, entries: Entries, asks: Asks, pages: Pages, loops: int) -> None:
+        """As :meth:`PlainRows.spread`."""
+        if loops < 2:
+            return
+        table, keys = pages.table, pages.keys
+        width = keys[0, 0].numel()
+        self._a.spread[(len(entries.rows), loops - 1)](
+            entries.rows, entries.loop, entries.pos, asks.until, table, keys,
+            keys if pages.values is None else pages.values, width, pages.layer, *table.stride()[:2], keys.shape[1],
+            VALUES=pages.values is not None, BLOCK=_up(width), **self.tuning["rows"],
         )  # fmt: skip
 
     def attend(

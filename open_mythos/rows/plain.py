@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Entries", "Injection", "Pages", "PlainRows", "wide"]
+__all__ = ["Asks", "Entries", "Injection", "Pages", "PlainRows", "wide"]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -41,6 +41,21 @@ class Entries:
     pos: Tensor
     loop: Tensor
     ruled: Tensor
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What is asked of N entries after a loop; (N,) each.
+
+    Attributes:
+        tolerance: float32 or wider; a state that moved no further, relative to its size, lets its token leave.
+        first: int32, loops before which nobody leaves.
+        until: int32, the token's most loops, after which nobody is asked; 0: not asked at all.
+    """
+
+    tolerance: Tensor
+    first: Tensor
+    until: Tensor
 
 
 @dataclass(frozen=True)
@@ -231,6 +246,17 @@ class PlainRows:
         self._write(entries, pages, pages.keys, _turned(k, table))
         assert pages.values is not None
         self._write(entries, pages, pages.values, v)
+
+    def spread(self, entries: Entries, asks: Asks, pages: Pages, loops: int) -> None:
+        """Deeper loops show of each token what its own loop does: up to ``asks.until``, and to ``loops`` of anybody."""
+        page, offset = pages.places(entries, entries.pos.long().unsqueeze(1))
+        for t in range(1, loops):
+            deep = (entries.rows >= 0) & (entries.loop < t) & (t < asks.until)
+            one = Entries(entries.rows, entries.pos, torch.full_like(entries.loop, t), entries.ruled)
+            into, _ = pages.places(one, entries.pos.long().unsqueeze(1))
+            for pool in (pages.keys, pages.values):
+                if pool is not None:
+                    pool[into[deep, 0], offset[deep, 0]] = pool[page[deep, 0], offset[deep, 0]]
 
     def attend(
         self, entries: Entries, q: Tensor, pages: Pages, out: Tensor, scale: float, kv_up: Tensor | None = None,

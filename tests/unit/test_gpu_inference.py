@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from open_mythos import LastLoop, MythosConfig, OpenMythos, kernels_gpu, ops
+from open_mythos import LastLoop, OpenMythos, kernels_gpu, ops
 from open_mythos.inference.compiled_runner import CompiledRunner
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.exits import StateChange
@@ -26,75 +26,26 @@ from open_mythos.inference.pages import Layers, PagePool
 from open_mythos.inference.requests import Depth
 from open_mythos.inference.runner import Batch, Chunk, PlainRunner, RowState
 from open_mythos.model.recurrence import HaltingWeights
-from open_mythos.rows.launch import TritonRows, _tuning
 from open_mythos.rows.plain import PlainRows
-
-ATTENTION = ("mla", "gqa")
-# Everything the kernels take a branch for, spread over few models.
-CHANGES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "norms": {"update_norm": True, "state_norm": True, "loop_embedding": True, "initial_state": "prelude"},
-    "bare": {
-        "halting": "off", "lora_rank": 0, "block_output": "state", "qk_norm": False, "input_norm": False,
-        "n_shared_experts": 0, "init": "upstream", "tie_embeddings": False,
-    },
-    "all_experts": {"n_experts": 2, "prelude_layers": 0, "coda_layers": 0},
-}  # fmt: skip
-DEPTHS, LENGTHS, ROWS = (3, 5, 2), (5, 9, 2), (0, 2, 3)
+from row_kernels import (
+    ATTENTION,
+    CHANGES,
+    DEPTHS,
+    ROWS,
+    Interpreted,
+    OnPlainRows,
+    apart,
+    batch_of,
+    build,
+    feed,
+    make,
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def build(attn_type: str, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> OpenMythos:
-    """Sizes of which few are powers of two, heads that do not share keys evenly, no weight that is zero or one."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 96, "dim": 60, "n_heads": 6, "n_kv_heads": 4, "max_seq_len": 64, "max_loop_iters": 3,
-        "prelude_layers": 1, "coda_layers": 2, "attn_type": attn_type, "kv_lora_rank": 24, "q_lora_rank": 40,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20, "n_experts": 6, "n_shared_experts": 1,
-        "n_experts_per_tok": 2, "expert_dim": 24, "lora_rank": 3,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = OpenMythos(MythosConfig(**{**sizes, **changes}))
-    for p in model.parameters():
-        p.add_(0.1 * torch.randn_like(p))
-    model.recurrent.block.ffn.router_bias.normal_(std=0.1)
-    model.recurrent.act.halt.bias.fill_(-0.7)  # halts within the loops of these tests
-    return model.to(device, dtype).eval()
-
-
-def make(
-    model: OpenMythos, rows: PlainRows | TritonRows | None, plain: bool = False, shared: bool = False
-) -> PlainRunner:
-    cfg, weight = model.cfg, model.embed.weight
-    layers = Layers(cfg.prelude_layers, 5, cfg.coda_layers, shared)
-    pool = PagePool(
-        cfg, layers, rows=4, pages=200, page_size=4, max_context=20, dtype=weight.dtype, device=weight.device
-    )
-    state = RowState(model, 4)
-    runner = PlainRunner(model, pool, state) if plain else GraphRunner(model, pool, state, rows)
-    generator = torch.Generator().manual_seed(1)
-    for row, length, depth in zip(ROWS, LENGTHS, DEPTHS, strict=True):
-        pool.take(row, layers.needed(depth), length + 4)
-        ids = torch.randint(0, cfg.vocab_size, (1, length), generator=generator)
-        runner.prefill(Chunk((row,), (0,), ids, Depth(depth, None), True))
-    return runner
-
-
-def batch_of(step: int, done: list[int], places: list[int]) -> Batch:
-    picked = [
-        (ROWS[i], LENGTHS[i] + step, done[i], DEPTHS[i], i == 1) for i in places
-    ]  # the second is under an exit rule
-    return Batch(*zip(*picked, strict=True))
-
-
-def feed(runner: PlainRunner, step: int) -> Batch:
-    ids = torch.randint(0, 96, (len(ROWS),), generator=torch.Generator().manual_seed(10 + step))
-    runner.state.ids[list(ROWS)] = ids.to(runner.state.ids.device)
-    return batch_of(step, [0, 0, 0], [0, 1, 2])
 
 
 def decode(runner: PlainRunner, steps: int = 2) -> list[Tensor]:
@@ -109,12 +60,6 @@ def decode(runner: PlainRunner, steps: int = 2) -> list[Tensor]:
     rows = list(ROWS)
     seen += [runner.state.h[rows], runner.state.e[rows], runner.state.before[[2]]]
     return seen + [tensor[1:] for tensor in runner.pool.tensors.values()]
-
-
-def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
-    assert len(found) == len(wanted)
-    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(found, wanted, strict=True)]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("changes", list(CHANGES))
@@ -163,18 +108,6 @@ def test_several_loops_of_a_call_are_those_of_many(
     assert apart(several(runner, times), several(make(model, None, plain=True), times)) < 1e-12
 
 
-class Interpreted(TritonRows, PlainRows):
-    """The kernels themselves, without graphs, in small tiles: the interpreter takes a while for each."""
-
-    def __init__(self) -> None:
-        small = ("BLOCK_N", "BLOCK_K", "BLOCK_R", "BLOCK_C", "BLOCK_V")
-        tuning = {
-            name: options | dict.fromkeys(small & options.keys(), 16) for name, options in _tuning().items()
-        }
-        tuning["attend"]["SPLITS"] = 4
-        super().__init__(tuning=tuning)
-
-
 def interpreted(attn_type: str, changes: str) -> float:
     """How far kernels are from modules on the CPU, with TRITON_INTERPRET set before Triton is imported."""
     model = build(attn_type, torch.float32, **CHANGES[changes])
@@ -198,7 +131,11 @@ def interpreted(attn_type: str, changes: str) -> float:
 def test_the_kernels_are_the_modules_where_triton_interprets_them(attn_type: str, changes: str) -> None:
     code = f"import {Path(__file__).stem} as t, torch; torch.set_grad_enabled(False)"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; print(t.interpreted({attn_type!r}, {changes!r}))"],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.append('..'); {code}; print(t.interpreted({attn_type!r}, {changes!r}))",
+        ],
         cwd=Path(__file__).parent,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -331,13 +268,6 @@ def test_long_prompts_and_later_pieces_are_left_to_the_modules() -> None:
     assert not serves(Chunk((0,), (0,), ids, depth, True))
     assert not serves(Chunk((0,), (4,), ids[:, :4], depth, True))
     assert not serves(Chunk((0,), (0,), ids[:, :4], Depth(3, StateChange(0.5)), True))
-
-
-class OnPlainRows(GraphRunner):
-    """With the kernels' plain versions."""
-
-    def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
-        super().__init__(model, pool, state, PlainRows())
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
