@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ __all__ = [
     "batch_of",
     "build",
     "feed",
+    "interprets",
     "make",
 ]
 
@@ -97,6 +100,12 @@ def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
     assert len(found) == len(wanted)
     pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(found, wanted, strict=True)]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter is there; it takes arrays of one element for numbers, which numpy 2.4 refuses."""
+    numpy_version = tuple(map(int, np.__version__.split(".")[:2]))
+    return find_spec("triton") is not None and numpy_version < (2, 4)
 
 
 class Interpreted(TritonRows, PlainRows):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from open_mythos.inference.exit_rules import Rule, StateChange
 from open_mythos.inference.graph_room import Room, injection_of
 from open_mythos.inference.graph_serves import unserved, unserved_config
 from open_mythos.inference.graph_tables import Asking, entries_of, round_of, several_of, table_of, width_of
@@ -169,10 +170,11 @@ class GraphRunner(PlainRunner):
         most, bucket = max(times), self._bucket(len(times))
         width, key = width_of(bucket), (name, most)
         if (key, bucket) not in self._strides:
-            blank = torch.full((4, most * width), -1, dtype=torch.int32, device=self._rope.device)
+            columns = (most + (name == "under")) * width
+            blank = torch.full((4, columns), -1, dtype=torch.int32, device=self._rope.device)
             self._strides[key, bucket] = blank
         table = self._strides[key, bucket]
-        table.copy_(several_of(batch, times, width), non_blocking=True)
+        table.copy_(several_of(batch, times, width, gone=name == "under"), non_blocking=True)
         work: Callable[..., None] = getattr(self, f"_do_{name}")
         self._replay((key, bucket), partial(work, table, most, width, bucket), table)
         return table
@@ -180,6 +182,36 @@ class GraphRunner(PlainRunner):
     def _do_loops(self, table: Tensor, count: int, each: int, bucket: int) -> None:
         for i in range(count):
             self._do_loop(entries_of(table[:, i * each :][:, :bucket]))
+
+    def asks(self, rule: Rule) -> bool:
+        """One that compares states."""
+        return self.reason is None and type(rule) is StateChange
+
+    def loops_under(
+        self, batch: Batch, times: Sequence[int], rules: Sequence[Rule | None]
+    ) -> list[int | None]:
+        """Several loops in one graph, with the question after each who leaves. Reads the device once."""
+        self._catch_up(batch)
+        asked = [rule if isinstance(rule, StateChange) else None for rule in rules]
+        self._asking.show(
+            [rule.tolerance if rule else 0.0 for rule in asked],
+            [rule.min_loops if rule else 0 for rule in asked],
+            [most if rule else 0 for rule, most in zip(asked, batch.most, strict=True)],
+        )
+        table, n = self._several("under", batch, times), len(times)
+        left = [t if t >= 0 else None for t in table[2, -width_of(self._bucket(n)) :][:n].tolist()]
+        done = zip(batch.rows, batch.loops, times, left, strict=True)
+        self._next.update((row, t + count if end is None else end) for row, t, count, end in done)
+        return left
+
+    def _do_under(self, table: Tensor, count: int, width: int, bucket: int) -> None:
+        parts = [table[:, i * width :][:, :bucket] for i in range(count + 1)]
+        *loops, gone = [entries_of(part, thin=True) for part in parts]
+        asks, rows = self._asking.of(bucket), table[0].view(count + 1, width)[:, :bucket]
+        for i, entries in enumerate(loops):
+            self._do_loop(entries)
+            self._ops.ask(entries, self._injection, asks, gone, rows[i + 1 : count])
+        self._do_leave(gone)
 
     def coda(self, batch: Batch) -> Tensor:
         """As :meth:`PlainRunner.coda`; the logits are float32, in a buffer that the next call reuses."""

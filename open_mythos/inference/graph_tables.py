@@ -16,9 +16,10 @@ from open_mythos.rows.plain import Asks, Entries
 __all__ = ["Asking", "entries_of", "round_of", "several_of", "table_of", "width_of"]
 
 
-def entries_of(columns: Tensor) -> Entries:
+def entries_of(columns: Tensor, thin: bool = False) -> Entries:
     """Entries that columns (4, N) of a table on the device are."""
-    return Entries(*columns.unbind())
+    rows, pos, loop, ruled = columns.unbind()
+    return Entries(rows, pos, loop, ruled, thin)
 
 
 def table_of(batch: Batch, loops: Sequence[int] | None = None) -> Tensor:
@@ -32,10 +33,11 @@ def width_of(bucket: int) -> int:
     return max(bucket, 4)
 
 
-def several_of(batch: Batch, times: Sequence[int], width: int) -> Tensor:
+def several_of(batch: Batch, times: Sequence[int], width: int, gone: bool = False) -> Tensor:
     """A block of columns for each of several loops, (4, max(times) · W) on the host.
 
-    Who has done theirs is not among the entries of the later ones.
+    Who has done theirs is not among the entries of the later ones. ``gone`` adds a block for those who leave, without
+    their rows and loops.
     """
     most, n = max(times), len(times)
     wanted = torch.full((4, most, width), -1, dtype=torch.int32)
@@ -45,6 +47,10 @@ def several_of(batch: Batch, times: Sequence[int], width: int) -> Tensor:
     wanted[:, :, :n] = shown.unsqueeze(1)
     wanted[0, :, :n].masked_fill_(~left, -1)
     wanted[2, :, :n] = loops.masked_fill_(~left, -1)
+    if gone:
+        end = torch.full((4, 1, width), -1, dtype=torch.int32)
+        end[1::2, 0, :n] = shown[1::2]
+        wanted = torch.cat((wanted, end), 1)
     return wanted.view(4, -1)
 
 

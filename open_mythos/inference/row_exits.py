@@ -5,17 +5,20 @@ Shape letters: n rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from open_mythos.inference.exit_cache import Group
 from open_mythos.inference.exit_loop import answer_of
-from open_mythos.inference.exit_rules import Rule, Seen
+from open_mythos.inference.exit_rules import Seen
+from open_mythos.inference.pages import on_device
+from open_mythos.inference.runner import Runner
+from open_mythos.inference.running import Lane, batch_of
 from open_mythos.model import OpenMythos
 
-__all__ = ["RowSeen", "leaving"]
+__all__ = ["RowSeen", "answer", "asked_together"]
 
 Memory = dict[str, Tensor]
 
@@ -59,6 +62,43 @@ class RowSeen(Seen):
             memory[name] = own
 
 
-def leaving(rule: Rule, seen: RowSeen) -> Tensor:
-    """Who leaves, (n,) bool."""
-    return answer_of(rule, seen)[:, 0]
+def asked_together(lanes: Sequence[Lane]) -> list[list[Lane]]:
+    """Those at the same loop under equal rules."""
+    groups: dict[tuple[object, int], list[Lane]] = {}
+    for lane in lanes:
+        groups.setdefault((_key(lane.rule), lane.loops), []).append(lane)
+    return list(groups.values())
+
+
+def answer(model: OpenMythos, runner: Runner, lanes: list[Lane]) -> Tensor | None:
+    """Who of these leaves, (n,) bool, or None where nobody may yet.
+
+    Args:
+        model: theirs.
+        runner: whose rows they are.
+        lanes: at the same loop under equal rules.
+    """
+    rule, loops, state, batch = lanes[0].rule, lanes[0].loops, runner.state, batch_of(lanes)
+    assert rule is not None
+    rows = on_device(batch.rows, state.h.device)
+    memories = [dict(lane.memory) for lane in lanes]
+    probed: list[int] = []
+
+    def predict() -> Tensor:
+        probed.append(loops - 1)
+        return runner.predict(batch)
+
+    seen = RowSeen(loops, state.h[rows], state.before[rows], model, predict, memories)
+    found = answer_of(rule, seen)[:, 0]
+    for lane, memory in zip(lanes, memories, strict=True):
+        lane.memory, lane.probed = memory, probed[-1] if probed else lane.probed
+    return found if loops >= min(rule.min_loops, lanes[0].most) else None
+
+
+def _key(rule: object) -> object:
+    """Equal rules are one; those that cannot be compared only if they are the same object."""
+    try:
+        hash(rule)
+    except TypeError:
+        return id(rule)
+    return rule

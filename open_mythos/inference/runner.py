@@ -142,6 +142,16 @@ class Runner(Protocol):
         """So many loops of each row, ``stride`` at most."""
         ...
 
+    def asks(self, rule: exits.Rule) -> bool:
+        """Whether ``loops_under`` serves this rule now."""
+        ...
+
+    def loops_under(
+        self, batch: Batch, times: Sequence[int], rules: Sequence[exits.Rule | None]
+    ) -> list[int | None]:
+        """As ``loops``, but rows leave when their rule says so; after how many loops of the token, None: not yet."""
+        ...
+
     def coda(self, batch: Batch) -> Tensor:
         """Logits (n, V)."""
         ...
@@ -319,6 +329,27 @@ class PlainRunner:
         for i in range(max(times)):
             part = batch.pick([at for at, count in enumerate(times) if count > i])
             self.loop(replace(part, loops=tuple(done + i for done in part.loops)))
+
+    def asks(self, rule: exits.Rule) -> bool:
+        """None: whoever calls asks them between two loops."""
+        return False
+
+    def loops_under(
+        self, batch: Batch, times: Sequence[int], rules: Sequence[exits.Rule | None]
+    ) -> list[int | None]:
+        """Not served: so many loops of each row, or fewer where its rule lets the token leave.
+
+        Who leaves has shown deeper loops what :meth:`leave` would show them.
+
+        Args:
+            batch: rows whose tokens are before their most loops.
+            times: loops of each.
+            rules: that :meth:`asks` takes; None: the row does all its loops.
+
+        Returns:
+            Loops that the token of each has done when it left, counted from its first; None: it has not left.
+        """
+        raise NotImplementedError("this runner asks no rule")
 
     def _halt(self, batch: Batch, rows: Tensor | slice, h: Tensor) -> None:
         """Let the model's own halting choose, one loop further. Rows under a rule go along for nothing."""

@@ -17,7 +17,7 @@ Shape letters: n rows of a call, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from open_mythos.inference.intake import Intake
 from open_mythos.inference.pages import PagePool, on_device
-from open_mythos.inference.row_exits import RowSeen, leaving
+from open_mythos.inference.row_exits import answer, asked_together
 from open_mythos.inference.runner import Runner
 from open_mythos.inference.running import (
     Lane,
@@ -50,6 +50,9 @@ __all__ = ["Scheduler", "Stats"]
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_UNDER_RULES = 4
+"""Loops of a call with several rows, some of which may leave in it, and then wait for its end."""
 
 
 class Scheduler(Intake):
@@ -176,13 +179,13 @@ class Scheduler(Intake):
         if moved:
             self.stats.ticks += times
             self._owed -= times
-        self._ask([lane for lane in moved if lane.rule is not None and not lane.done])
+        self._ask([lane for lane in moved if self._asked_here(lane) and not lane.done])
         self._since_coda += times
         self._codas()
 
     def _stride(self, lanes: list[Lane], count: int) -> int:
         """Loops that these lanes, of so many that are active, run before somebody is asked or decoded: 1, 2, 4, …"""
-        if self.runner.stride == 1 or not lanes or any(lane.rule is not None for lane in lanes):
+        if self.runner.stride == 1 or not lanes or any(self._asked_here(lane) for lane in lanes):
             return 1
         lefts, resting = sorted(lane.goal - lane.loops for lane in lanes), count - len(lanes)
         most = max(self._coda_every - self._since_coda, 1 if resting else lefts[0])
@@ -192,7 +195,13 @@ class Scheduler(Intake):
             if 2 * (resting + i + 1) >= count:
                 most = left
                 break
+        if count > 1 and any(lane.rule is not None for lane in lanes):
+            most = min(most, _UNDER_RULES)
         return 1 << (min(most, self.runner.stride).bit_length() - 1)
+
+    def _asked_here(self, lane: Lane) -> bool:
+        """Under a rule that the runner does not ask itself."""
+        return lane.rule is not None and not self.runner.asks(lane.rule)
 
     def _codas(self) -> None:
         """Decode who rests, unless that may wait for more of them."""
@@ -272,50 +281,35 @@ class Scheduler(Intake):
 
     def _advance(self, times: int, lanes: list[Lane]) -> None:
         each = [min(times, lane.goal - lane.loops) for lane in lanes]
-        if times == 1:
+        rules = [None if self._asked_here(lane) else lane.rule for lane in lanes]
+        left: Sequence[int | None] = [None] * len(lanes)
+        if any(rule is not None for rule in rules):
+            left = self.runner.loops_under(batch_of(lanes), each, rules)
+        elif times == 1:
             self.runner.loop(batch_of(lanes))
         else:
             self.runner.loops(batch_of(lanes), each)
-        self.stats.row_loops += sum(each)
-        for lane, done in zip(lanes, each, strict=True):
-            lane.loops += done
-            if lane.loops >= lane.goal:
-                lane.rests, lane.done = True, lane.loops == lane.most
+        for lane, more, end in zip(lanes, each, left, strict=True):
+            done = lane.loops + more if end is None else end
+            self.stats.row_loops += done - lane.loops
+            lane.loops = done
+            if done >= lane.goal or end is not None:
+                lane.rests, lane.done = True, done == lane.most or end is not None
 
     def _ask(self, lanes: list[Lane]) -> None:
         """Let rules say who leaves; those at the same loop under equal rules are asked together."""
-        groups: dict[tuple[object, int], list[Lane]] = {}
-        for lane in lanes:
-            groups.setdefault((_key(lane.rule), lane.loops), []).append(lane)
-        asked = [answer for group in groups.values() for answer in self._each(group, self._answer)]
-        decided = [(group, answer) for group, answer in asked if answer is not None]
+        asking = partial(answer, self.model, self.runner)
+        asked = [found for group in asked_together(lanes) for found in self._each(group, asking)]
+        decided = [(group, found) for group, found in asked if found is not None]
         if not decided:
             return
-        answers = torch.cat([answer for _, answer in decided]).tolist()  # the only read
+        answers = torch.cat([found for _, found in decided]).tolist()  # the only read
         everyone = [lane for group, _ in decided for lane in group]
         gone = [lane for lane, leaves in zip(everyone, answers, strict=True) if leaves]
         gone.sort(key=lambda lane: lane.row)
         for group, _ in self._each(gone, self._leave):
             for lane in group:
                 lane.done = lane.rests = True
-
-    def _answer(self, lanes: list[Lane]) -> Tensor | None:
-        """Who of these leaves, (n,) bool, or None where nobody may yet."""
-        rule, loops, state, batch = lanes[0].rule, lanes[0].loops, self.runner.state, batch_of(lanes)
-        assert rule is not None
-        rows = on_device(batch.rows, state.h.device)
-        memories = [dict(lane.memory) for lane in lanes]
-        probed: list[int] = []
-
-        def predict() -> Tensor:
-            probed.append(loops - 1)
-            return self.runner.predict(batch)
-
-        seen = RowSeen(loops, state.h[rows], state.before[rows], self.model, predict, memories)
-        answer = leaving(rule, seen)
-        for lane, memory in zip(lanes, memories, strict=True):
-            lane.memory, lane.probed = memory, probed[-1] if probed else lane.probed
-        return answer if loops >= min(rule.min_loops, lanes[0].most) else None
 
     def _leave(self, lanes: list[Lane]) -> None:
         probes = [lane.depth.probes for lane in lanes]
@@ -490,12 +484,3 @@ def _kept(found: Any) -> Any:
     if isinstance(found, tuple):
         return tuple(_kept(each) for each in found)
     return found.clone() if isinstance(found, Tensor) else found
-
-
-def _key(rule: object) -> object:
-    """Equal rules are one; those that cannot be compared only if they are the same object."""
-    try:
-        hash(rule)
-    except TypeError:
-        return id(rule)
-    return rule

@@ -30,8 +30,9 @@ def _place(table, row, at, t, layer, row_stride, layer_stride, page_size, LOOPED
 def queries(
     low, gain, kv_gain, q_up, kv_up, rope, rows, loop, pos, table, latent, q,
     N, H, Q, R, NOPE, V, HALF, layer, row_stride, layer_stride, page_size, EPS,
-    LOOPED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_R: tl.constexpr, WIDE_R: tl.constexpr,
+    LOOPED: tl.constexpr, EVEN: tl.constexpr, SKIP: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_R: tl.constexpr,
+    WIDE_R: tl.constexpr,
 ):  # fmt: skip
     """Programs: for each head PARTS column blocks of its query in latent space and one of its rope channels; the
     last program writes the new tokens' latents.
@@ -39,6 +40,8 @@ def queries(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = m < N
     row = tl.load(rows + m, live, -1)
+    if SKIP and tl.max(row, 0) < 0:
+        return
     live &= row >= 0
     head, part = tl.program_id(0) // (PARTS + 1), tl.program_id(0) % (PARTS + 1)
     stride, width = Q + R + 2 * HALF, R + 2 * HALF

@@ -13,7 +13,7 @@ Shape letters: N rows, D model width, K inner width of a product, E experts.
 import triton
 import triton.language as tl
 
-__all__ = ["advance", "embed", "enter", "experts", "lift", "linear", "product", "route"]
+__all__ = ["advance", "ask", "embed", "enter", "experts", "lift", "linear", "product", "route"]
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def product(
 @triton.jit(do_not_specialize=["N"])
 def linear(
     a, gain, w0, w1, w2, add, out, rows, N, K, n0, n1, n2, up, EPS,
-    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, SKIP: tl.constexpr,
     MAP_A: tl.constexpr, MAP_ADD: tl.constexpr, MAP_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -77,6 +77,8 @@ def linear(
         w, n, before, tile = w1, n1, n0, tile - t0
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = m < N
+    if SKIP and tl.max(tl.load(rows + m, live, -1), 0) < 0:
+        return
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < n
     at = m
@@ -104,11 +106,18 @@ def linear(
 @triton.jit(do_not_specialize=["N", "k"])
 def route(
     a, gain, w, bias, rows, chosen, weights, N, K, E, k, EPS,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KEPT: tl.constexpr,
+    EVEN: tl.constexpr, SKIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     """Router, the k best of the biased logits, softmax of their plain ones."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = m < N
+    place = tl.arange(0, KEPT)
+    here = live[:, None] & (place < k)[None, :]
+    slot = m[:, None] * k + place[None, :]
+    if SKIP and tl.max(tl.load(rows + m, live, -1), 0) < 0:
+        tl.store(chosen + slot, tl.full((BLOCK_M, KEPT), -1, tl.int32), here)
+        return
     expert = tl.arange(0, BLOCK_N)
     inside = expert < E
     logits = product(
@@ -116,7 +125,6 @@ def route(
     )  # fmt: skip
     shown = tl.load(bias + expert, inside, 0.0).to(tl.float32)
     scores = tl.where(inside[None, :], logits + shown[None, :], -float("inf"))
-    place = tl.arange(0, KEPT)
     kept = tl.full((BLOCK_M, KEPT), -float("inf"), tl.float32)
     ids = tl.zeros((BLOCK_M, KEPT), tl.int32)
     for j in range(k):
@@ -131,8 +139,6 @@ def route(
     share /= tl.sum(share, 1)[:, None]
     # Rows that only fill the batch up ask for no expert.
     works = tl.load(rows + m, live, -1) >= 0
-    here = live[:, None] & (place < k)[None, :]
-    slot = m[:, None] * k + place[None, :]
     tl.store(chosen + slot, tl.where(works[:, None], ids, -1), here)
     tl.store(weights + slot, share, here)
 
@@ -322,3 +328,26 @@ def advance(
     seen = _seen(wide, brought, t + 1, sines, d, D, loop_dim, LOOP_DIM)
     tl.store(x + to, _norm(seen, loop_gain, d, D, EPS), here)
     tl.store(loop + m, t + 1)
+
+
+@triton.jit(do_not_specialize=["later", "width"])
+def ask(
+    h, before, rows, loop, tolerance, first, until, gone_rows, gone_loop, following, D, later, width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whether the loop moved one row's state so little that it leaves; if so, it is no row of later loops."""
+    m = tl.program_id(0)
+    row = tl.load(rows + m)
+    if row < 0:
+        return
+    t = tl.load(loop + m)
+    if (t < tl.load(first + m)) | (t >= tl.load(until + m)):
+        return
+    d = tl.arange(0, BLOCK)
+    now = tl.load(h + row * D + d, d < D, 0.0).to(tl.float32)
+    moved = now - tl.load(before + row * D + d, d < D, 0.0).to(tl.float32)
+    if tl.sqrt(tl.sum(moved * moved, 0)) <= tl.load(tolerance + m) * tl.sqrt(tl.sum(now * now, 0)):
+        tl.store(gone_rows + m, row)
+        tl.store(gone_loop + m, t)
+        for i in range(later):
+            tl.store(following + i * width + m, -1)

@@ -90,8 +90,8 @@ class TritonRows:
         self._k.linear[(tiles, -(-count // self.block_m))](
             a, a if gain is None else gain, *ws, a if add is None else add, out, entries.rows,
             count, inner, *ns, widths[0] * inner, eps, NORM=gain is not None, GATED=gated, ADD=add is not None,
-            EVEN=even, MAP_A="a" in maps, MAP_ADD="+" in maps, MAP_OUT="o" in maps, BLOCK_M=self.block_m,
-            **options,
+            EVEN=even, SKIP=entries.thin, MAP_A="a" in maps, MAP_ADD="+" in maps, MAP_OUT="o" in maps,
+            BLOCK_M=self.block_m, **options,
         )  # fmt: skip
 
     def queries(
@@ -108,8 +108,8 @@ class TritonRows:
         self._a.queries[grid](
             low, q_gain, kv_gain, q_up, kv_up, rope, entries.rows, entries.loop, entries.pos, table, pages.keys, q,
             count, heads, inner, rank, nope, value, half, pages.layer, *table.stride()[:2], pages.keys.shape[1], eps,
-            LOOPED=pages.looped, EVEN=inner % options["BLOCK_K"] == 0 and nope == _up(nope), PARTS=parts,
-            BLOCK_M=self.block_m, BLOCK_NOPE=_up(nope), BLOCK_HALF=_up(half), WIDE_R=_up(rank),
+            LOOPED=pages.looped, EVEN=inner % options["BLOCK_K"] == 0 and nope == _up(nope), SKIP=entries.thin,
+            PARTS=parts, BLOCK_M=self.block_m, BLOCK_NOPE=_up(nope), BLOCK_HALF=_up(half), WIDE_R=_up(rank),
             **options,
         )  # fmt: skip
 
@@ -184,7 +184,7 @@ class TritonRows:
         even = inner % options["BLOCK_K"] == 0 and experts == _up(experts)
         self._k.route[(-(-count // self.block_m),)](
             x, gain, router, bias, entries.rows, chosen, weights, count, inner, experts, k, eps,
-            EVEN=even, BLOCK_M=self.block_m, BLOCK_N=_up(experts), KEPT=_up(k, 2),
+            EVEN=even, SKIP=entries.thin, BLOCK_M=self.block_m, BLOCK_N=_up(experts), KEPT=_up(k, 2),
             **options,
         )  # fmt: skip
 
@@ -254,4 +254,12 @@ class TritonRows:
             SHARED=shared is not None, KEEP=state.keep, LORA=rank > 0, UPDATE="update_norm" in w,
             STATE="state_norm" in w, SELECT=state.still is not None, LOOP_DIM=state.loop_dim > 0,
             BLOCK=_up(width), BLOCK_L=min(8, _up(rank, 1)), **self.tuning["rows"],
+        )  # fmt: skip
+
+    def ask(self, entries: Entries, state: Injection, asks: Asks, gone: Entries, later: Tensor) -> None:
+        """As :meth:`PlainRows.ask`."""
+        width = state.h.shape[1]
+        self._k.ask[(len(entries.rows),)](
+            state.h, state.before, entries.rows, entries.loop, asks.tolerance, asks.first, asks.until, gone.rows,
+            gone.loop, later, width, len(later), later.stride(0), BLOCK=_up(width), **self.tuning["rows"],
         )  # fmt: skip

@@ -35,12 +35,14 @@ class Entries:
         pos: position of the token that is computed.
         loop: loop it is about to run.
         ruled: not 0 where the model's own halting is not asked.
+        thin: all of them may be left out, which is worth a look before the weights are read.
     """
 
     rows: Tensor
     pos: Tensor
     loop: Tensor
     ruled: Tensor
+    thin: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ class PlainRows:
         """
         live, rows = _live(entries)
         count, groups = q.shape[1], pages.keys.shape[2]
-        y = qkv[live].view(len(live), count + 2 * groups, -1).to(wide(qkv.dtype))
+        y = qkv[live].view(len(live), count + 2 * groups, q.shape[2]).to(wide(qkv.dtype))
         a, k, v = y.split((count, groups, groups), 1)
         if q_gain is not None and k_gain is not None:
             a, k = _rms(a, q_gain, eps), _rms(k, k_gain, eps)
@@ -402,6 +404,26 @@ class PlainRows:
         self._choose(entries, state, h)
         entries.loop[live] += 1
         self._seen(entries, state)
+
+    def ask(self, entries: Entries, state: Injection, asks: Asks, gone: Entries, later: Tensor) -> None:
+        """After a loop: who moved no further than ‖h − before‖ ≤ tolerance · ‖h‖ leaves.
+
+        Args:
+            entries: N, whose ``loop`` now is the number of loops done.
+            state: after the loop.
+            asks: of each entry.
+            gone: entries whose rows and loops those who leave get; written.
+            later: (L, N) rows of this call's later loops, of which who leaves is none; written.
+        """
+        _, rows = _live(entries)
+        now = torch.zeros(len(entries.rows), state.h.shape[1], dtype=state.x.dtype, device=state.h.device)
+        moved, live = now.clone(), entries.rows >= 0
+        now[live] = state.h[rows].to(now.dtype)
+        moved[live] = now[live] - state.before[rows].to(now.dtype)
+        leaves = live & (entries.loop >= asks.first) & (entries.loop < asks.until)
+        leaves &= moved.norm(dim=-1) <= asks.tolerance * now.norm(dim=-1)
+        gone.rows[leaves], gone.loop[leaves] = entries.rows[leaves], entries.loop[leaves]
+        later[:, leaves] = -1
 
     def _choose(self, entries: Entries, state: Injection, h: Tensor) -> None:
         live, rows = _live(entries)

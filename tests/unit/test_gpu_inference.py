@@ -6,11 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +36,7 @@ from row_kernels import (
     batch_of,
     build,
     feed,
+    interprets,
     make,
 )
 
@@ -120,13 +119,7 @@ def interpreted(attn_type: str, changes: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("triton") is None, reason="needs Triton, whose interpreter runs kernels on the CPU"
-)
-@pytest.mark.skipif(
-    tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4),
-    reason="Triton's interpreter takes arrays of one element for numbers, which numpy 2.4 no longer does",
-)
+@pytest.mark.skipif(not interprets(), reason="needs Triton, and numpy below 2.4, for Triton's interpreter")
 @pytest.mark.parametrize(("attn_type", "changes"), [("mla", "default"), ("gqa", "norms"), ("mla", "bare")])
 def test_the_kernels_are_the_modules_where_triton_interprets_them(attn_type: str, changes: str) -> None:
     code = f"import {Path(__file__).stem} as t, torch; torch.set_grad_enabled(False)"
