@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -165,16 +166,16 @@ class GraphRunner(PlainRunner):
         self._next.update((row, t + count) for row, t, count in done)
         return None
 
-    def _several(self, name: str, batch: Batch, times: Sequence[int]) -> Tensor:
+    def _several(self, name: str, batch: Batch, times: Sequence[int], gone: bool = False) -> Tensor:
         """Do this work on a block of columns for each loop; returns the table."""
         most, bucket = max(times), self._bucket(len(times))
         width, key = width_of(bucket), (name, most)
         if (key, bucket) not in self._strides:
-            columns = (most + (name == "under")) * width
+            columns = (most + gone) * width
             blank = torch.full((4, columns), -1, dtype=torch.int32, device=self._rope.device)
             self._strides[key, bucket] = blank
         table = self._strides[key, bucket]
-        table.copy_(several_of(batch, times, width, gone=name == "under"), non_blocking=True)
+        table.copy_(several_of(batch, times, width, gone), non_blocking=True)
         work: Callable[..., None] = getattr(self, f"_do_{name}")
         self._replay((key, bucket), partial(work, table, most, width, bucket), table)
         return table
@@ -192,17 +193,30 @@ class GraphRunner(PlainRunner):
     ) -> list[int | None]:
         """Several loops in one graph, with the question after each who leaves. Reads the device once."""
         self._catch_up(batch)
+        gone = self._under("under", batch, times, rules)
+        left = [t if t >= 0 else None for t in gone.tolist()]
+        done = zip(batch.rows, batch.loops, times, left, strict=True)
+        self._next.update((row, t + count if end is None else end) for row, t, count, end in done)
+        return left
+
+    def token_under(self, batch: Batch, rules: Sequence[Rule]) -> tuple[Tensor, Tensor]:
+        """Prelude, all loops and coda in one graph, in which a token that has left only waits for the coda."""
+        n = len(batch.rows)
+        gone = self._under("token_under", replace(batch, loops=(0,) * n), batch.most, rules)
+        for row in batch.rows:
+            self._next.pop(row, None)  # only the device knows
+        return self._whole.logits[:n], gone
+
+    def _under(self, name: str, batch: Batch, times: Sequence[int], rules: Sequence[Rule | None]) -> Tensor:
+        """Do this work; returns (n,) loops of those who left, on the device."""
         asked = [rule if isinstance(rule, StateChange) else None for rule in rules]
         self._asking.show(
             [rule.tolerance if rule else 0.0 for rule in asked],
             [rule.min_loops if rule else 0 for rule in asked],
             [most if rule else 0 for rule, most in zip(asked, batch.most, strict=True)],
         )
-        table, n = self._several("under", batch, times), len(times)
-        left = [t if t >= 0 else None for t in table[2, -width_of(self._bucket(n)) :][:n].tolist()]
-        done = zip(batch.rows, batch.loops, times, left, strict=True)
-        self._next.update((row, t + count if end is None else end) for row, t, count, end in done)
-        return left
+        table, n = self._several(name, batch, times, gone=True), len(times)
+        return table[2, -width_of(self._bucket(n)) :][:n]
 
     def _do_under(self, table: Tensor, count: int, width: int, bucket: int) -> None:
         parts = [table[:, i * width :][:, :bucket] for i in range(count + 1)]
@@ -212,6 +226,12 @@ class GraphRunner(PlainRunner):
             self._do_loop(entries)
             self._ops.ask(entries, self._injection, asks, gone, rows[i + 1 : count])
         self._do_leave(gone)
+
+    def _do_token_under(self, table: Tensor, count: int, width: int, bucket: int) -> None:
+        begun = entries_of(table[:, :bucket])
+        self._do_prelude(begun)
+        self._do_under(table, count, width, bucket)
+        self._do_coda(begun)  # whoever left is no entry of later loops only
 
     def coda(self, batch: Batch) -> Tensor:
         """As :meth:`PlainRunner.coda`; the logits are float32, in a buffer that the next call reuses."""

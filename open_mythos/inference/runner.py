@@ -160,6 +160,10 @@ class Runner(Protocol):
         """A whole token, or None where that is not served."""
         ...
 
+    def token_under(self, batch: Batch, rules: Sequence[exits.Rule]) -> tuple[Tensor, Tensor]:
+        """A whole token, of which rules that ``asks`` takes may leave out loops."""
+        ...
+
     def rest(self, batch: Batch) -> Tensor | None:
         """The loops that are left, equally many for all, and the coda; or None where that is not served."""
         ...
@@ -348,6 +352,18 @@ class PlainRunner:
 
         Returns:
             Loops that the token of each has done when it left, counted from its first; None: it has not left.
+        """
+        raise NotImplementedError("this runner asks no rule")
+
+    def token_under(self, batch: Batch, rules: Sequence[exits.Rule]) -> tuple[Tensor, Tensor]:
+        """Not served: a whole token of each row, whose rule says after how many loops it leaves.
+
+        Args:
+            batch: rows that begin a token.
+            rules: that :meth:`asks` takes.
+
+        Returns:
+            Logits (n, V), and (n,) loops of those who left before the last, on the device; of others below zero.
         """
         raise NotImplementedError("this runner asks no rule")
 

@@ -197,17 +197,42 @@ class Late:
         runs: whose they are.
         loops: spent by the new token before each; None before the first.
         tokens: (n,), on the host once ``event`` has come.
+        left: (n,) likewise, loops after which those new tokens left, below zero where ``loops`` has them; or None.
         event: None: they are there.
     """
 
     runs: list[Running]
     loops: list[int | None]
     tokens: Tensor
+    left: Tensor | None
     event: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, runs: list[Running], loops: list[int | None], tokens: Tensor, left: Tensor | None) -> Late:
+        """Send them."""
+        numbers = tokens if left is None else torch.cat((tokens, left.to(tokens.dtype)))
+        event = None
+        if numbers.is_cuda:
+            # Pinned, or the copy would wait for all that the device has to do.
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+            numbers = host.copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        n = len(runs)
+        return cls(runs, loops, numbers[:n], None if left is None else numbers[n:], event)
 
     def ready(self) -> bool:
         """Whether reading them is no waiting."""
         return self.event is None or self.event.query()
+
+    def read(self) -> list[tuple[Running, int | None, int]]:
+        """Each with the loops of the new token before it, and the token."""
+        if self.event is not None:
+            self.event.synchronize()
+        loops = self.loops
+        if self.left is not None:
+            loops = [most if end < 0 else end for most, end in zip(loops, self.left.tolist(), strict=True)]
+        return list(zip(self.runs, loops, self.tokens.tolist(), strict=True))
 
 
 def batch_of(lanes: Sequence[Lane], to_goal: bool = False) -> Batch:

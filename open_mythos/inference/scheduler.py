@@ -51,6 +51,9 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_WHOLE = 16
+"""Loops of a token up to which running all of them, many of them empty, costs less than waiting for the host."""
+
 _UNDER_RULES = 4
 """Loops of a call with several rows, some of which may leave in it, and then wait for its end."""
 
@@ -169,7 +172,7 @@ class Scheduler(Intake):
         active.sort(
             key=lambda lane: lane.row
         )  # runners are promised rising rows; lanes of requests may interleave
-        lanes = self._at_once(self._rounds(active))
+        lanes = self._alone_at_once(self._at_once(self._rounds(active)))
         if not lanes:
             return
         self._each([lane for lane in lanes if not lane.begun], self._begin)
@@ -274,6 +277,28 @@ class Scheduler(Intake):
             self._decoded(group, logits)
         return left
 
+    def _alone_at_once(self, lanes: list[Lane]) -> list[Lane]:
+        """Under a rule that the runner asks, one row alone may run a whole token: nobody waits for what it answers.
+
+        Returns:
+            Who must loop.
+        """
+        lane = lanes[0] if len(lanes) == 1 else None
+        if lane is None or lane.begun or lane.run.drafts or lane.most > _WHOLE:
+            return lanes
+        rule = lane.rule
+        if rule is None or not self.runner.asks(rule):
+            return lanes
+        for group, (logits, left) in self._each(
+            lanes, lambda _: self.runner.token_under(batch_of(lanes), [rule])
+        ):
+            self.stats.ticks += lane.most
+            self.stats.codas += 1
+            self._owed -= lane.most
+            lane.begun, lane.loops, lane.rests, lane.done = True, lane.most, True, True
+            self._drawn(group, logits, left=left)
+        return []
+
     def _begin(self, lanes: list[Lane]) -> None:
         self.runner.prelude(batch_of(lanes))
         for lane in lanes:
@@ -336,14 +361,19 @@ class Scheduler(Intake):
         self._checked([run for run in runs if all(lane.answer is not None for lane in run.active)])
 
     def _drawn(
-        self, lanes: list[Lane], logits: Tensor, beside: AbstractContextManager[Any] | None = None
+        self,
+        lanes: list[Lane],
+        logits: Tensor,
+        beside: AbstractContextManager[Any] | None = None,
+        left: Tensor | None = None,
     ) -> None:
         """Draw a token after each; feed it next, in this lane or the one that goes on with the draft.
 
-        Those whose prompts run beside wait until it is there.
+        Those whose prompts run beside wait until it is there. ``left`` are loops (n,) of lanes without drafts that only
+        the device knows, see :meth:`Runner.token_under`.
         """
         with beside or nullcontext():
-            late = self._draw(lanes, logits)
+            late = self._draw(lanes, logits, left)
         if late is None:
             return
         (self._late if beside is None else self._apart).append(late)
@@ -354,7 +384,7 @@ class Scheduler(Intake):
             if run.drawn == run.checked.request.max_new_tokens and not run.waits:
                 self._free(run)
 
-    def _draw(self, lanes: list[Lane], logits: Tensor) -> Late | None:
+    def _draw(self, lanes: list[Lane], logits: Tensor, left: Tensor | None) -> Late | None:
         """The tokens that are not drafts, on their way to the host."""
         tokens = draw([lane.run.sampler for lane in lanes], logits)
         state, fed = self.runner.state, []
@@ -371,15 +401,8 @@ class Scheduler(Intake):
         runs = [lanes[i].run for i in own]
         if len(own) < len(lanes):
             tokens = tokens[on_device(own, tokens.device)]
-        event = None
-        if tokens.is_cuda:
-            # Pinned, or the copy would wait for all that the device has to do.
-            host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
-            tokens = host.copy_(tokens, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
         loops = [run.lanes[0].loops if run.drawn else None for run in runs]
-        return Late(runs, loops, tokens, event)
+        return Late.of(runs, loops, tokens, left)
 
     def _checked(self, runs: list[Running]) -> None:
         """Keep what the full depth agrees with, and begin the next draft. Reads the device once."""
@@ -420,9 +443,9 @@ class Scheduler(Intake):
             self._hand_over(late)
 
     def _hand_over(self, late: Late) -> None:
-        if late.event is not None:
-            late.event.synchronize()
-        for run, loops, token in zip(late.runs, late.loops, late.tokens.tolist(), strict=True):
+        for run, loops, token in late.read():
+            if loops is not None and late.left is not None:
+                self.stats.row_loops += loops
             if run.handle.done:
                 continue
             if loops is not None:

@@ -19,6 +19,7 @@ from open_mythos.inference.exits import ACT, Fixed, SamePrediction, Seen, StateC
 from open_mythos.inference.graph_runner import GraphRunner
 from open_mythos.inference.pages import PagePool
 from open_mythos.inference.runner import Batch, PlainRunner, RowState
+from open_mythos.inference.running import Late
 from open_mythos.inference.speculative import Draft
 from open_mythos.rows.plain import PlainRows
 from row_kernels import (
@@ -101,11 +102,16 @@ class Asked(OnPlainRows):
     def __init__(self, model: OpenMythos, pool: PagePool, state: RowState) -> None:
         super().__init__(model, pool, state)
         self.seen: list[tuple[int, ...]] = []
+        self.whole = 0
 
     def loops_under(self, batch: Batch, times: Any, rules: Any) -> list[int | None]:
         self.seen.append(tuple(times))
         assert any(type(rule) is StateChange for rule in rules)
         return super().loops_under(batch, times, rules)
+
+    def token_under(self, batch: Batch, rules: Any) -> tuple[Tensor, Tensor]:
+        self.whole += 1
+        return super().token_under(batch, rules)
 
     def leave(self, batch: Batch, probed: Any, probes: Any) -> None:
         assert any(loop is not None for loop in probed), "a rule that compares states is asked in the kernels"
@@ -130,6 +136,24 @@ def thinned(runner: PlainRunner, times: list[int], rules: list[StateChange | Non
     pages = [tensor[1:].clone() for tensor in runner.pool.tensors.values()]
     logits = runner.coda(batch_of(0, done, [0, 1, 2])).clone()
     return [left, [logits, runner.state.h[list(ROWS)].clone(), *pages]]
+
+
+def at_once(runner: PlainRunner, rules: list[StateChange], places: list[int]) -> list[Any]:
+    """Loops after which whole tokens have left, and what is left of them."""
+    feed(runner, 0)
+    batch = batch_of(0, [0] * 3, places)
+    if isinstance(runner, GraphRunner):
+        logits, gone = runner.token_under(batch, rules)
+        left = [end if end >= 0 else None for end in gone.tolist()]
+    else:
+        runner.prelude(batch)
+        all_rules = [rules[places.index(i)] if i in places else None for i in range(3)]
+        found = by_hand(runner, [most if i in places else 0 for i, most in enumerate(DEPTHS)], all_rules)
+        left = [found[i] for i in places]
+        done = [most if end is None else end for most, end in zip(DEPTHS, found, strict=True)]
+        logits = runner.coda(batch_of(0, done, places))
+    pages = [tensor[1:].clone() for tensor in runner.pool.tensors.values()]
+    return [left, [logits.clone(), runner.state.h[[ROWS[i] for i in places]].clone(), *pages]]
 
 
 def by_hand(runner: PlainRunner, times: list[int], rules: list[StateChange | None]) -> list[int | None]:
@@ -172,6 +196,23 @@ def test_rules_between_two_loops_of_a_call_are_those_between_two_calls(
     assert {(1, None), (1, 1), (1, 2), (1, 4), (2, 1)} <= found
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("attn_type", "changes"), [("mla", "default"), ("gqa", "norms"), ("mla", "bare")])
+def test_a_whole_token_under_a_rule_is_its_loops(attn_type: str, changes: str, shared: bool) -> None:
+    """The row whose states no halting of the model's chooses; with the others too where there is no such halting."""
+    model, found = build(attn_type, torch.float64, **CHANGES[changes]), set()
+    for places in [[1]] if model.cfg.halting == "select" else [[1], [0, 1, 2]]:
+        for tolerance in (1e-9, 0.5, 0.8, 3.0):
+            rules = [StateChange(tolerance, min_loops=1 + i) for i in range(len(places))]
+            kernels = make(model, PlainRows(), shared=shared)
+            modules = make(model, None, plain=True, shared=shared)
+            (left, state), (wanted, exact) = (at_once(runner, rules, places) for runner in (kernels, modules))
+            assert left == wanted
+            assert apart(state, exact) < 1e-12
+            found |= set(left)
+    assert {None, 1, 2} <= found or {None, 1, 3} <= found
+
+
 def requests(**options: Any) -> list[Request]:
     rules: list[Any] = [
         StateChange(0.5), None, StateChange(0.35, min_loops=3), StateChange(0.6, max_loops=5), StateChange(0.2),
@@ -208,14 +249,23 @@ def test_requests_whose_rules_the_kernels_ask_are_answered_alike(
     assert any(min(times) < max(times) for times in runner.seen)
 
 
-def test_one_request_alone_runs_more_loops_a_call() -> None:
-    model = build("mla", torch.float64, max_loop_iters=12)
-    asked = [Request([3, 4], 6, 12, exit=StateChange(0.3), temperature=0)]
-    found, stats, runner = answers(model, Asked, asked)
-    assert found == answers(model, Modules, asked)[0]
-    assert runner.seen
-    assert max(runner.seen) == (8,)
-    assert stats.row_loops == sum(found[0][1])
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("most", [12, 20])
+def test_one_request_alone_runs_whole_tokens_or_more_loops_a_call(
+    most: int, lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("mla", torch.float64, max_loop_iters=20)
+    asked = [Request([3, 4], 9, most, exit=StateChange(0.3), temperature=0.9, seed=1)]
+    monkeypatch.setattr(Late, "ready", lambda late: lag == 0)
+    with Engine(model, max_rows=4, runner=Asked) as engine:
+        engine._scheduler._lag = lag
+        result, stats, runner = engine.submit(asked[0]).result(), engine.stats.done, engine.runner
+    monkeypatch.undo()
+    assert [(result.tokens, result.loops, result.prompt_loops)] == answers(model, Modules, asked)[0]
+    assert isinstance(runner, Asked)
+    assert (runner.whole, max(runner.seen, default=None)) == ((8, None) if most == 12 else (0, (8,)))
+    assert stats.row_loops == sum(result.loops)
+    assert len({*result.loops}) > 2
 
 
 def test_rows_that_compute_alone_are_asked_alone() -> None:
@@ -271,7 +321,10 @@ def interpreted(attn_type: str, changes: str, shared: bool) -> float:
         assert left == wanted
         assert left != [None] * 3
         most = max(most, apart(state, exact))
-    return most
+    runners = [make(model, rows, plain=rows is None, shared=shared) for rows in (Interpreted(), None)]
+    (left, state), (wanted, exact) = (at_once(runner, [StateChange(0.8)], [1]) for runner in runners)
+    assert left == wanted
+    return max(most, apart(state, exact))
 
 
 @pytest.mark.slow
@@ -326,6 +379,12 @@ def test_rules_are_asked_between_two_loops_of_a_graph(attn_type: str, shared: bo
             )
             assert left == wanted
             assert apart(state, exact) < 2e-5
+        (left, state), (wanted, exact) = (
+            at_once(make(each, rows, shared=shared), [rule], [1])
+            for each, rows in ((model, None), (exact_model, PlainRows()))
+        )
+        assert left == wanted
+        assert apart(state, exact) < 2e-5
 
 
 @pytest.mark.gpu
@@ -338,3 +397,8 @@ def test_requests_on_a_gpu_spend_the_loops_of_the_modules(attn_type: str, policy
     assert runner.reason is None
     assert any(name == "under" for (name, *_), _ in runner._strides)
     assert found == answers(model, PlainRunner, requests(), policy=policy)[0]
+    for one in requests():
+        assert (
+            answers(model, None, [one], policy=policy)[0]
+            == answers(model, PlainRunner, [one], policy=policy)[0]
+        )
