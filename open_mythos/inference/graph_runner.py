@@ -32,7 +32,7 @@ from open_mythos.model.decode import replaced_method
 from open_mythos.model.transformer import evaluating
 from open_mythos.model.watch import Watch
 from open_mythos.rows.launch import TritonRows
-from open_mythos.rows.plain import Entries, Pages, PlainRows, wide
+from open_mythos.rows.plain import Entries, Exits, Pages, PlainRows, wide
 
 __all__ = ["GraphRunner"]
 
@@ -223,8 +223,7 @@ class GraphRunner(PlainRunner):
         *loops, gone = [entries_of(part, thin=True) for part in parts]
         asks, rows = self._asking.of(bucket), table[0].view(count + 1, width)[:, :bucket]
         for i, entries in enumerate(loops):
-            self._do_loop(entries)
-            self._ops.ask(entries, self._injection, asks, gone, rows[i + 1 : count])
+            self._do_loop(entries, Exits(asks, gone, rows[i + 1 : count]))
         self._do_leave(gone)
 
     def _do_token_under(self, table: Tensor, count: int, width: int, bucket: int) -> None:
@@ -412,7 +411,7 @@ class GraphRunner(PlainRunner):
             self._dense(entries, block, self.pool.layers.of_prelude(i))
         ops.enter(entries, self._injection, self._z)
 
-    def _do_loop(self, entries: Entries) -> None:
+    def _do_loop(self, entries: Entries, exits: Exits | None = None) -> None:
         block: Any = self.model.recurrent.block
         room, ops, count, eps = self._whole, self._ops, len(entries.rows), self.model.cfg.norm_eps
         layers = self.pool.layers
@@ -433,7 +432,7 @@ class GraphRunner(PlainRunner):
         ops.experts(inner, gain, moe.w_in, moe.w_out, chosen, weights, room.hidden[: count * k], slots, eps)
         if shared is not None:
             self._join()
-        ops.advance(entries, self._injection, inner, shared, slots)
+        ops.advance(entries, self._injection, inner, shared, slots, exits)
 
     def _do_coda(self, entries: Entries) -> None:
         model, ops = self.model, self._ops

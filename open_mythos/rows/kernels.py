@@ -13,7 +13,7 @@ Shape letters: N rows, D model width, K inner width of a product, E experts.
 import triton
 import triton.language as tl
 
-__all__ = ["advance", "ask", "embed", "enter", "experts", "lift", "linear", "product", "route"]
+__all__ = ["advance", "embed", "enter", "experts", "lift", "linear", "product", "route"]
 
 
 @triton.jit
@@ -268,13 +268,25 @@ def enter(
     tl.store(x + to, _norm(seen, loop_gain, d, D, EPS), here)
 
 
-@triton.jit(do_not_specialize=["k", "rank", "lora_rows", "loop_dim"])
+@triton.jit
+def _ask(moved, now, row, t, m, tolerance, first, until, gone_rows, gone_loop, following, later, width):
+    """Whether a loop that moved a row's state so far lets it leave; if so, it is no row of later loops."""
+    may = (t >= tl.load(first + m)) & (t < tl.load(until + m))
+    if may & (tl.sqrt(tl.sum(moved * moved, 0)) <= tl.load(tolerance + m) * tl.sqrt(tl.sum(now * now, 0))):
+        tl.store(gone_rows + m, row)
+        tl.store(gone_loop + m, t)
+        for i in range(later):
+            tl.store(following + i * width + m, -1)
+
+
+@triton.jit(do_not_specialize=["k", "rank", "lora_rows", "loop_dim", "later", "width"])
 def advance(
     inner, shared, slots, rows, ruled, loop_gain, update_gain, state_gain, sines, log_a, log_dt, drive, halt, halt_bias,
     lora_down, lora_b, lora_scale, e, h, x, before, chosen, mass, running, loop,
-    D, k, rank, lora_rows, loop_dim, still, LOW, HIGH, EPS,
+    tolerance, first, until, gone_rows, gone_loop, following,
+    D, k, rank, lora_rows, loop_dim, later, width, still, LOW, HIGH, EPS,
     SHARED: tl.constexpr, KEEP: tl.constexpr, LORA: tl.constexpr, UPDATE: tl.constexpr, STATE: tl.constexpr,
-    SELECT: tl.constexpr, LOOP_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr,
+    SELECT: tl.constexpr, LOOP_DIM: tl.constexpr, ASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """All of a loop after the experts' products, and the norm with which the next begins."""
     m = tl.program_id(0)
@@ -328,26 +340,8 @@ def advance(
     seen = _seen(wide, brought, t + 1, sines, d, D, loop_dim, LOOP_DIM)
     tl.store(x + to, _norm(seen, loop_gain, d, D, EPS), here)
     tl.store(loop + m, t + 1)
-
-
-@triton.jit(do_not_specialize=["later", "width"])
-def ask(
-    h, before, rows, loop, tolerance, first, until, gone_rows, gone_loop, following, D, later, width,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Whether the loop moved one row's state so little that it leaves; if so, it is no row of later loops."""
-    m = tl.program_id(0)
-    row = tl.load(rows + m)
-    if row < 0:
-        return
-    t = tl.load(loop + m)
-    if (t < tl.load(first + m)) | (t >= tl.load(until + m)):
-        return
-    d = tl.arange(0, BLOCK)
-    now = tl.load(h + row * D + d, d < D, 0.0).to(tl.float32)
-    moved = now - tl.load(before + row * D + d, d < D, 0.0).to(tl.float32)
-    if tl.sqrt(tl.sum(moved * moved, 0)) <= tl.load(tolerance + m) * tl.sqrt(tl.sum(now * now, 0)):
-        tl.store(gone_rows + m, row)
-        tl.store(gone_loop + m, t)
-        for i in range(later):
-            tl.store(following + i * width + m, -1)
+    if ASK:
+        moved = wide - last.to(tl.float32)
+        _ask(
+            moved, wide, row, t + 1, m, tolerance, first, until, gone_rows, gone_loop, following, later, width
+        )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.rows.plain import Asks, Entries, Injection, Pages
+from open_mythos.rows.plain import Asks, Entries, Exits, Injection, Pages
 
 __all__ = ["SPLITS", "TritonRows"]
 
@@ -229,8 +229,9 @@ class TritonRows:
         )  # fmt: skip
 
     def advance(
-        self, entries: Entries, state: Injection, inner: Tensor, shared: Tensor | None, slots: Tensor
-    ) -> None:
+        self, entries: Entries, state: Injection, inner: Tensor, shared: Tensor | None, slots: Tensor,
+        exits: Exits | None = None,
+    ) -> None:  # fmt: skip
         """As :meth:`PlainRows.advance`."""
         w, width, none = state.weights, state.e.shape[1], state.x
         rank, lora_rows = (w["lora_down"].shape[0], len(w["lora_scale"])) if "lora_down" in w else (0, 1)
@@ -246,20 +247,18 @@ class TritonRows:
             "halt_bias",
         ]
         names += ["lora_down", "lora_B", "lora_scale"]
+        asked, later, apart = (none,) * 6, 0, 0
+        if exits is not None:
+            asks, gone, rows = exits.asks, exits.gone, exits.later
+            asked = asks.tolerance, asks.first, asks.until, gone.rows, gone.loop, rows
+            later, apart = len(rows), rows.stride(0)
         self._k.advance[(len(entries.rows),)](
             inner, inner if shared is None else shared, slots, entries.rows, entries.ruled,
             *(w.get(name, none) for name in names), state.e, state.h, state.x, state.before, state.chosen, state.mass,
-            state.running, entries.loop, width, len(slots) // len(inner), rank, lora_rows, state.loop_dim,
+            state.running, entries.loop, *asked, width, len(slots) // len(inner), rank, lora_rows, state.loop_dim,
+            later, apart,
             0.0 if state.still is None else state.still, *state.limits, state.eps,
             SHARED=shared is not None, KEEP=state.keep, LORA=rank > 0, UPDATE="update_norm" in w,
             STATE="state_norm" in w, SELECT=state.still is not None, LOOP_DIM=state.loop_dim > 0,
-            BLOCK=_up(width), BLOCK_L=min(8, _up(rank, 1)), **self.tuning["rows"],
-        )  # fmt: skip
-
-    def ask(self, entries: Entries, state: Injection, asks: Asks, gone: Entries, later: Tensor) -> None:
-        """As :meth:`PlainRows.ask`."""
-        width = state.h.shape[1]
-        self._k.ask[(len(entries.rows),)](
-            state.h, state.before, entries.rows, entries.loop, asks.tolerance, asks.first, asks.until, gone.rows,
-            gone.loop, later, width, len(later), later.stride(0), BLOCK=_up(width), **self.tuning["rows"],
+            ASK=exits is not None, BLOCK=_up(width), BLOCK_L=min(8, _up(rank, 1)), **self.tuning["rows"],
         )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Asks", "Entries", "Injection", "Pages", "PlainRows", "wide"]
+__all__ = ["Asks", "Entries", "Exits", "Injection", "Pages", "PlainRows", "wide"]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -58,6 +58,21 @@ class Asks:
     tolerance: Tensor
     first: Tensor
     until: Tensor
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Who may leave after a loop of several, and where it is written down.
+
+    Attributes:
+        asks: of each of the N entries.
+        gone: N entries whose rows and loops those who leave get; written.
+        later: (L, N) int32, rows of the later loops, of which who leaves is none; written.
+    """
+
+    asks: Asks
+    gone: Entries
+    later: Tensor
 
 
 @dataclass(frozen=True)
@@ -372,8 +387,9 @@ class PlainRows:
         state.x[rows] = _rms(x + state.e[rows].to(x.dtype), state.weights["loop_norm"], state.eps)
 
     def advance(
-        self, entries: Entries, state: Injection, inner: Tensor, shared: Tensor | None, slots: Tensor
-    ) -> None:
+        self, entries: Entries, state: Injection, inner: Tensor, shared: Tensor | None, slots: Tensor,
+        exits: Exits | None = None,
+    ) -> None:  # fmt: skip
         """The block's output becomes the next state: LoRA, injection, norms, halting; and the loop counts on.
 
         Args:
@@ -382,6 +398,7 @@ class PlainRows:
             inner: (N, D), the residual stream after attention.
             shared: (N, D) of the shared experts, or None.
             slots: (N · k, D) of the routed ones.
+            exits: rows leave that moved no further than ‖h − before‖ ≤ tolerance · ‖h‖; None: nobody is asked.
         """
         live, rows = _live(entries)
         w, dtype = state.weights, state.x.dtype
@@ -404,26 +421,21 @@ class PlainRows:
         self._choose(entries, state, h)
         entries.loop[live] += 1
         self._seen(entries, state)
+        if exits is not None:
+            self._ask(entries, state, exits)
 
-    def ask(self, entries: Entries, state: Injection, asks: Asks, gone: Entries, later: Tensor) -> None:
-        """After a loop: who moved no further than ‖h − before‖ ≤ tolerance · ‖h‖ leaves.
-
-        Args:
-            entries: N, whose ``loop`` now is the number of loops done.
-            state: after the loop.
-            asks: of each entry.
-            gone: entries whose rows and loops those who leave get; written.
-            later: (L, N) rows of this call's later loops, of which who leaves is none; written.
-        """
+    def _ask(self, entries: Entries, state: Injection, exits: Exits) -> None:
+        """Who moved no further than ‖h − before‖ ≤ tolerance · ‖h‖ leaves."""
         _, rows = _live(entries)
+        asks, live = exits.asks, entries.rows >= 0
         now = torch.zeros(len(entries.rows), state.h.shape[1], dtype=state.x.dtype, device=state.h.device)
-        moved, live = now.clone(), entries.rows >= 0
+        change = now.clone()
         now[live] = state.h[rows].to(now.dtype)
-        moved[live] = now[live] - state.before[rows].to(now.dtype)
+        change[live] = now[live] - state.before[rows].to(now.dtype)
         leaves = live & (entries.loop >= asks.first) & (entries.loop < asks.until)
-        leaves &= moved.norm(dim=-1) <= asks.tolerance * now.norm(dim=-1)
-        gone.rows[leaves], gone.loop[leaves] = entries.rows[leaves], entries.loop[leaves]
-        later[:, leaves] = -1
+        leaves &= change.norm(dim=-1) <= asks.tolerance * now.norm(dim=-1)
+        exits.gone.rows[leaves], exits.gone.loop[leaves] = entries.rows[leaves], entries.loop[leaves]
+        exits.later[:, leaves] = -1
 
     def _choose(self, entries: Entries, state: Injection, h: Tensor) -> None:
         live, rows = _live(entries)
