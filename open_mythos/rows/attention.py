@@ -38,11 +38,10 @@ def queries(
     last program writes the new tokens' latents.
     """
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = m < N
-    row = tl.load(rows + m, live, -1)
+    row = tl.load(rows + m, m < N, -1)
     if SKIP and tl.max(row, 0) < 0:
         return
-    live &= row >= 0
+    live = row >= 0
     head, part = tl.program_id(0) // (PARTS + 1), tl.program_id(0) % (PARTS + 1)
     stride, width = Q + R + 2 * HALF, R + 2 * HALF
     half = tl.arange(0, BLOCK_HALF)

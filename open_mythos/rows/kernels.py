@@ -269,6 +269,19 @@ def enter(
 
 
 @triton.jit
+def _with_lora(update, out, down, up, scale, rank, d, D, BLOCK_L: tl.constexpr):
+    """The update, with what the loop's own scales of the adapter make of the block's output."""
+    for begin in range(0, rank, BLOCK_L):
+        n = begin + tl.arange(0, BLOCK_L)
+        both = (n < rank)[:, None] & (d < D)[None, :]
+        w = tl.load(down + (n * D)[:, None] + d[None, :], both, 0.0).to(tl.float32)
+        b = tl.load(up + (n * D)[:, None] + d[None, :], both, 0.0).to(tl.float32)
+        s = tl.load(scale + n, n < rank, 0.0).to(tl.float32)
+        update += tl.sum((tl.sum(w * out[None, :], 1) * s)[:, None] * b, 0)
+    return update
+
+
+@triton.jit
 def _ask(moved, now, row, t, m, tolerance, first, until, gone_rows, gone_loop, following, later, width):
     """Whether a loop that moved a row's state so far lets it leave; if so, it is no row of later loops."""
     may = (t >= tl.load(first + m)) & (t < tl.load(until + m))
@@ -305,13 +318,7 @@ def advance(
     update = out if KEEP else out - tl.load(x + to, here, 0.0)
     if LORA:
         at = tl.minimum(t, lora_rows - 1) * rank
-        for begin in range(0, rank, BLOCK_L):
-            n = begin + tl.arange(0, BLOCK_L)
-            both = (n < rank)[:, None] & here[None, :]
-            w = tl.load(lora_down + (n * D)[:, None] + d[None, :], both, 0.0).to(tl.float32)
-            b = tl.load(lora_b + (n * D)[:, None] + d[None, :], both, 0.0).to(tl.float32)
-            s = tl.load(lora_scale + at + n, n < rank, 0.0).to(tl.float32)
-            update += tl.sum((tl.sum(w * out[None, :], 1) * s)[:, None] * b, 0)
+        update = _with_lora(update, out, lora_down, lora_b, lora_scale + at, rank, d, D, BLOCK_L)
     if UPDATE:
         update = _norm(update, update_gain, d, D, EPS)
     exponent = tl.load(log_a + d, here, 0.0).to(tl.float32) + tl.load(log_dt).to(tl.float32)
