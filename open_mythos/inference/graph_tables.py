@@ -5,6 +5,7 @@ Shape letters: N entries of a graph, n rows of a batch, W columns of a block.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -39,19 +40,17 @@ def several_of(batch: Batch, times: Sequence[int], width: int, gone: bool = Fals
     Who has done theirs is not among the entries of the later ones. ``gone`` adds a block for those who leave, without
     their rows and loops.
     """
-    most, n = max(times), len(times)
-    wanted = torch.full((4, most, width), -1, dtype=torch.int32)
-    shown = table_of(batch)
-    loops = shown[2] + torch.arange(most, dtype=torch.int32).unsqueeze(1)
-    left = torch.arange(most).unsqueeze(1) < torch.tensor(times)
-    wanted[:, :, :n] = shown.unsqueeze(1)
-    wanted[0, :, :n].masked_fill_(~left, -1)
-    wanted[2, :, :n] = loops.masked_fill_(~left, -1)
-    if gone:
-        end = torch.full((4, 1, width), -1, dtype=torch.int32)
-        end[1::2, 0, :n] = shown[1::2]
-        wanted = torch.cat((wanted, end), 1)
-    return wanted.view(4, -1)
+    # Lists and an array: for a few rows they take less time than small tensors do, and the device may wait for it.
+    most, fill = max(times), [-1] * (width - len(times))
+    rows: list[int] = []
+    loops: list[int] = []
+    for i in range(most + gone):
+        here = [i < count for count in times]
+        rows += [row if at else -1 for row, at in zip(batch.rows, here, strict=True)] + fill
+        loops += [done + i if at else -1 for done, at in zip(batch.loops, here, strict=True)] + fill
+    positions, ruled = ([*values, *fill] * (most + gone) for values in (batch.positions, batch.ruled))
+    numbers = array("i", [*rows, *positions, *loops, *ruled])
+    return torch.frombuffer(numbers, dtype=torch.int32).view(4, -1)
 
 
 def round_of(batch: Batch, drafts: int, loops: int, width: int, each: int) -> Tensor:
