@@ -64,17 +64,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
     """Logits that each request's tokens are drawn from in an engine, by the number of the request's sampler."""
-    from open_mythos.inference import scheduler
+    from open_mythos.inference import running
 
     seen: dict[int, list[Tensor]] = {}
-    plain = scheduler.draw
+    plain = running.draw
 
     def draw(samplers: Any, logits: Tensor) -> Tensor:
         for sampler, row in zip(samplers, logits, strict=True):
             seen.setdefault(sampler.number, []).append(row.clone())
         return plain(samplers, logits)
 
-    monkeypatch.setattr(scheduler, "draw", draw)
+    monkeypatch.setattr(running, "draw", draw)
     return seen
 
 

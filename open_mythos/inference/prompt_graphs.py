@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.expert_ops import products_are_grouped
 from open_mythos.inference.pages import PagePool, moved
 from open_mythos.inference.runner import Chunk
 from open_mythos.model import OpenMythos
@@ -54,8 +53,7 @@ class PromptGraphs:
     def __init__(self, model: OpenMythos, pool: PagePool, capture: bool) -> None:
         self._model, self._pool, self._capture = model, pool, capture
         moe: Any = model.recurrent.block.ffn
-        # Otherwise the host reads how many tokens each expert got, which no graph can.
-        self._able = not capture or products_are_grouped(model.embed.weight, moe.w_in, moe.w_out)
+        self._able = not capture or moe.grouped  # what the host reads, no graph can
         self._shapes: OrderedDict[tuple[int, int, bool], tuple[_Shape, list[Callable[[], None]]]]
         self._shapes = OrderedDict()
         self._memory: Any = None

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from open_mythos.inference.pages import on_device
 from open_mythos.inference.requests import Checked, Handle
-from open_mythos.inference.runner import Batch, Chunk
-from open_mythos.inference.sampler import Sampler
+from open_mythos.inference.runner import Batch, Chunk, RowState
+from open_mythos.inference.sampler import Sampler, draw
 from open_mythos.inference.sampling import probabilities
 from open_mythos.inference.speculative import accept_drawn, accept_likeliest
 
@@ -32,6 +32,7 @@ __all__ = [
     "batch_of",
     "checked_drafts",
     "chunk_of",
+    "drawn",
     "lanes_of",
     "piece_of",
     "round_done",
@@ -233,6 +234,36 @@ class Late:
         if self.left is not None:
             loops = [most if end < 0 else end for most, end in zip(loops, self.left.tolist(), strict=True)]
         return list(zip(self.runs, loops, self.tokens.tolist(), strict=True))
+
+
+def drawn(state: RowState, lanes: list[Lane], logits: Tensor, left: Tensor | None) -> Late | None:
+    """Draw a token after each of n lanes, from logits (n, V), and feed it.
+
+    Args:
+        state: of the rows; its ids are written.
+        lanes: whose tokens' loops are done.
+        logits: after them.
+        left: loops (n,) that only the device knows, see :class:`Late`.
+
+    Returns:
+        The tokens that are no drafts, on their way to the host.
+    """
+    tokens, fed = draw([lane.run.sampler for lane in lanes], logits), []
+    for i, lane in enumerate(lanes):
+        if lane.run.drafts and lane.run.drawn:
+            lane.proposed = logits[i].clone() if lane.run.sampler.generator is not None else None
+            fed.append(lane.run.drafted(lane).row)
+        else:
+            fed.append(lane.row)
+    state.ids[on_device(fed, state.ids.device)] = tokens.clamp(min=0)
+    own = [i for i, lane in enumerate(lanes) if fed[i] == lane.row]
+    if not own:
+        return None
+    runs = [lanes[i].run for i in own]
+    if len(own) < len(lanes):
+        tokens = tokens[on_device(own, tokens.device)]
+    loops = [run.lanes[0].loops if run.drawn else None for run in runs]
+    return Late.of(runs, loops, tokens, left)
 
 
 def batch_of(lanes: Sequence[Lane], to_goal: bool = False) -> Batch:

@@ -37,12 +37,12 @@ from open_mythos.inference.running import (
     batch_of,
     checked_drafts,
     chunk_of,
+    drawn,
     piece_of,
     round_done,
     round_of,
     rounds_alike,
 )
-from open_mythos.inference.sampler import draw
 from open_mythos.model import OpenMythos
 
 __all__ = ["Scheduler", "Stats"]
@@ -373,7 +373,7 @@ class Scheduler(Intake):
         the device knows, see :meth:`Runner.token_under`.
         """
         with beside or nullcontext():
-            late = self._draw(lanes, logits, left)
+            late = drawn(self.runner.state, lanes, logits, left)
         if late is None:
             return
         (self._late if beside is None else self._apart).append(late)
@@ -383,26 +383,6 @@ class Scheduler(Intake):
             # Who waits may still write to its pages.
             if run.drawn == run.checked.request.max_new_tokens and not run.waits:
                 self._free(run)
-
-    def _draw(self, lanes: list[Lane], logits: Tensor, left: Tensor | None) -> Late | None:
-        """The tokens that are not drafts, on their way to the host."""
-        tokens = draw([lane.run.sampler for lane in lanes], logits)
-        state, fed = self.runner.state, []
-        for i, lane in enumerate(lanes):
-            if lane.run.drafts and lane.run.drawn:
-                lane.proposed = logits[i].clone() if lane.run.sampler.generator is not None else None
-                fed.append(lane.run.drafted(lane).row)
-            else:
-                fed.append(lane.row)
-        state.ids[on_device(fed, state.ids.device)] = tokens.clamp(min=0)
-        own = [i for i, lane in enumerate(lanes) if fed[i] == lane.row]
-        if not own:
-            return None
-        runs = [lanes[i].run for i in own]
-        if len(own) < len(lanes):
-            tokens = tokens[on_device(own, tokens.device)]
-        loops = [run.lanes[0].loops if run.drawn else None for run in runs]
-        return Late.of(runs, loops, tokens, left)
 
     def _checked(self, runs: list[Running]) -> None:
         """Keep what the full depth agrees with, and begin the next draft. Reads the device once."""

@@ -18,6 +18,7 @@ from open_mythos.expert_ops import (
     dispatch,
     expert_mlps,
     expert_offsets,
+    products_are_grouped,
     sorted_weights,
     top_k,
 )
@@ -73,6 +74,11 @@ class MoEFFN(nn.Module):
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the experts are two grouped products here; otherwise the host reads how many tokens each one got."""
+        return products_are_grouped(self.router.weight, self.w_in, self.w_out)
 
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Experts (N, k) of each token (N, D) and their weights (N, k), which sum to one.

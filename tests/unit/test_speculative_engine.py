@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import LastLoop, OpenMythos
-from open_mythos.inference import exits, running, scheduler
+from open_mythos.inference import exits, running
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.generate import generate
 from open_mythos.inference.graph_runner import GraphRunner
@@ -145,7 +145,7 @@ def test_in_deterministic_mode_a_check_gives_the_bits_of_plain_decoding(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     model, seen = small().to(dtype), []
-    draw, accept = scheduler.draw, running.accept_likeliest
+    draw, accept = running.draw, running.accept_likeliest
 
     def drawing(samplers: Any, logits: Tensor) -> Tensor:
         seen.extend(logits)
@@ -157,7 +157,7 @@ def test_in_deterministic_mode_a_check_gives_the_bits_of_plain_decoding(
         seen.extend(logits[0, : int(kept) + 1])
         return kept, after
 
-    monkeypatch.setattr(scheduler, "draw", drawing)
+    monkeypatch.setattr(running, "draw", drawing)
     monkeypatch.setattr(running, "accept_likeliest", accepting)
     found = []
     for draft in (None, Draft(2, 3)):
