@@ -57,6 +57,7 @@ class PromptGraphs:
         self._shapes: OrderedDict[tuple[int, int, bool], tuple[_Shape, list[Callable[[], None]]]]
         self._shapes = OrderedDict()
         self._memory: Any = None
+        self._states: Tensor | None = None  # of any shape, since one follows the other
 
     def serves(self, chunk: Chunk) -> bool:
         """Whether these prompts are short enough, nothing of them is cached, and a graph can hold the model's step."""
@@ -87,7 +88,11 @@ class PromptGraphs:
         return _padded(n, 1), _padded(length, _LEAST)
 
     def _make(self, n: int, length: int, ruled: bool) -> tuple[_Shape, list[Callable[[], None]]]:
-        shape = _Shape(self._model, self._pool, n, length, ruled)
+        like, dim = self._model.embed.weight, self._model.cfg.dim
+        if self._states is None:
+            self._states = like.new_zeros(3, _TOKENS * dim)
+        states = self._states[:, : n * length * dim].view(3, n, length, dim)
+        shape = _Shape(self._model, self._pool, states, ruled)
         works = [shape.begin, shape.loop, shape.end]
         return shape, [self._captured(work) for work in works] if self._capture else works
 
@@ -105,15 +110,15 @@ class PromptGraphs:
 
 
 class _Shape:
-    """Prompts of one padded shape, and the three parts of the work on them."""
+    """Prompts of one padded shape, and the three parts of the work on them; its states are (3, n, S, D)."""
 
-    def __init__(self, model: OpenMythos, pool: PagePool, n: int, length: int, ruled: bool) -> None:
+    def __init__(self, model: OpenMythos, pool: PagePool, states: Tensor, ruled: bool) -> None:
         self._model, self._select, cfg = model, model.cfg.halting == "select" and not ruled, model.cfg
-        like = model.embed.weight
+        like, (_, n, length, _) = model.embed.weight, states.shape
         # Of each prompt the row, the tokens, the loops, and the ids. None is there until somebody is shown.
         self._table = torch.zeros(n, 3 + length, dtype=torch.int32, device=like.device)
         self._t = torch.zeros(n, dtype=torch.long, device=like.device)
-        self._e, self._h, self._out = (like.new_zeros(n, length, cfg.dim) for _ in range(3))
+        self._e, self._h, self._out = states.unbind()
         self._mass = torch.ones(n, length, dtype=wide(like.dtype), device=like.device)
         self.logits = like.new_zeros(n, cfg.vocab_size)
         self._written = _Written(pool, self._table, length)
