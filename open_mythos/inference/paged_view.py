@@ -113,15 +113,9 @@ class PagedView(KVCache):
         return {name: tensor[:, : self.columns] for name, tensor in self._pool.gather(pages).items()}
 
     def _layer(self, slot: str) -> int | Tensor:
-        part, _, number = slot.partition("_")
-        if part == "prelude":
-            return self._layers.of_prelude(int(number))
-        if part == "coda" and self._probe is None:
-            return self._layers.of_coda(int(number))
-        # Numbers of layers are sums and products, which tensors of loops go through as ints do.
-        if part == "coda":
-            return self._layers.of_probe(self._probe, int(number))  # type: ignore[arg-type]
-        return self._layers.of_loop(self._loop)  # type: ignore[arg-type]
+        if self._probe is not None and slot.startswith("coda_"):
+            return self._layers.of_probe(self._probe, int(slot[len("coda_") :]))  # type: ignore[arg-type]
+        return self._layers.of_slot(slot, self._loop)
 
     def _show(self, new: Entry, index: Tensor, layers: Tensor) -> None:
         pages = self._pool.table[self._index[index], layers].long().gather(1, self._block[index])

@@ -98,6 +98,14 @@ class Layers:
         """Coda layer j, on the states after loop t, from 0."""
         return self.plain + (0 if self.shared else loop) * self.coda + layer
 
+    def of_slot(self, slot: str, loop: int | Tensor) -> int | Tensor:
+        """The layer that the model calls ``prelude_0``, ``coda_0``, …, or the looped block's in this loop, or (n,)."""
+        part, _, number = slot.partition("_")
+        if part == "prelude":
+            return self.of_prelude(int(number))
+        # Numbers of layers are sums and products, which tensors of loops go through as ints do.
+        return self.of_coda(int(number)) if part == "coda" else self.of_loop(loop)  # type: ignore[arg-type]
+
     def needed(self, loops: int, probes: Iterable[int] = ()) -> list[int]:
         """Virtual layers of a request.
 

@@ -187,15 +187,11 @@ class _Written:
 
     def write(self, slot: str, new: Entry) -> Entry:
         """Put the tokens (n, S, …) in their pages, and return them."""
-        layers, (part, _, number) = self._pool.layers, slot.partition("_")
         # Page 0 is nobody's: padding goes there.
         nowhere = self._positions >= self._table[:, 1:2]
-        layer: int | Tensor
-        if part == "loop":
+        if slot == "loop":
             nowhere = nowhere | (self._loop.unsqueeze(1) < 0)
-            layer = layers.of_loop(self._loop.clamp(min=0))  # type: ignore[arg-type]
-        else:
-            layer = layers.of_prelude(int(number)) if part == "prelude" else layers.of_coda(int(number))
+        layer = self._pool.layers.of_slot(slot, self._loop.clamp(min=0))
         pages = self._pool.table[self._table[:, 0].long(), layer].long()
         own = pages.gather(1, self._block.masked_fill(nowhere, 0)).masked_fill(nowhere, 0)
         self._pool.scatter(own, self._offset, new)

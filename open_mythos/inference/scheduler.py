@@ -28,7 +28,7 @@ from torch import Tensor
 from open_mythos.inference.intake import Intake
 from open_mythos.inference.pages import PagePool, on_device
 from open_mythos.inference.row_exits import answer, asked_together
-from open_mythos.inference.runner import Runner
+from open_mythos.inference.runner import Chunk, Runner
 from open_mythos.inference.running import (
     Lane,
     Late,
@@ -115,21 +115,21 @@ class Scheduler(Intake):
         self._chunks += 1
         together = sorted(self._beside(reading), key=lambda run: (-run.depth.most, run.row))
 
-        beside = self._room_beside(together)
-        self._prompts_of(together, beside)
+        chunk = chunk_of(together, self._chunk)
+        whole = all(piece_of(run, self._chunk) == (0, run.checked.prompt.numel()) for run in together)
+        beside = self.runner.beside(chunk) if whole and not self._alone else None
+        self._prompts_of(together, chunk, beside)
         # A chunk takes about as long as so many ticks. Of the time, those who decode get a fifth to a half: the
         # more they are, the more. Beside them it takes none.
         decoding, ticks = sum(run.decodes for run in self._running), together[0].depth.most
         self._owed = 0 if beside else max(ticks // 4, ticks * decoding // self._count, 1)
 
-    def _room_beside(self, together: list[Running]) -> AbstractContextManager[Any] | None:
-        """Where whole prompts run while others decode."""
-        whole = all(piece_of(run, self._chunk) == (0, run.checked.prompt.numel()) for run in together)
-        return None if self._alone or not whole else self.runner.beside(chunk_of(together, self._chunk))
-
-    def _prompts_of(self, together: list[Running], beside: AbstractContextManager[Any] | None) -> None:
+    def _prompts_of(
+        self, together: list[Running], chunk: Chunk, beside: AbstractContextManager[Any] | None
+    ) -> None:
         def prefill(lanes: list[Lane]) -> tuple[Tensor | None, Tensor | None]:
-            return self.runner.prefill(chunk_of([lane.run for lane in lanes], self._chunk))
+            some = [lane.run for lane in lanes]
+            return self.runner.prefill(chunk if some == together else chunk_of(some, self._chunk))
 
         for lanes, (logits, loops) in self._each([run.lanes[0] for run in together], prefill, beside):
             self.stats.chunks += 1
