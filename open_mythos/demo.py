@@ -106,21 +106,29 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     )
     report = out / "report.html"
     last = _Job("report", out, 0, _report_command(jobs, report), out / "report.log")
-    # A plain kill, such as that of `timeout`, would leave the trainings running.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ended: list[int] = []
+    # A plain kill, such as that of `timeout`, would leave the trainings running. The handler only notes it: to exit
+    # from there could leave a lock held that waiting for a child takes.
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
     try:
         for job in jobs:
             job.start()
-        _watch(jobs, console)
+        _watch(jobs, console, ended)
         last.start()
         while last.running():
-            time.sleep(_POLL_S)
+            _pause(ended)
     finally:
         for job in (*jobs, last):
             job.stop()
         signal.signal(signal.SIGTERM, before)
     console.print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
     return report
+
+
+def _pause(ended: Sequence[int]) -> None:
+    if ended:
+        sys.exit(128 + ended[0])
+    time.sleep(_POLL_S)
 
 
 def configs_folder() -> Path:
@@ -140,19 +148,21 @@ def configs_folder() -> Path:
 
 def _job(name: str, out: Path, overrides: Sequence[str]) -> _Job:
     path = configs_folder() / f"demo-{name}.toml"
-    steps = load_config(path, overrides).train.steps
+    config = load_config(path, overrides)
+    if config.data.is_task:
+        config.data.task()  # refused before the other run begins
     folder, log = out / name, out / f"{name}.log"
     for stale in ("metrics.jsonl", "eval.json"):
         (folder / stale).unlink(missing_ok=True)  # progress is read from these
     train = ["train", str(path), *overrides, "--out", str(folder), "--overwrite", "--eval"]
-    return _Job(name, folder, steps, train, log)
+    return _Job(name, folder, config.train.steps, train, log)
 
 
 def _report_command(jobs: Sequence[_Job], report: Path) -> list[str]:
     return ["report", *(str(job.out) for job in jobs), "--out", str(report)]
 
 
-def _watch(jobs: list[_Job], console: Console) -> None:
+def _watch(jobs: list[_Job], console: Console, ended: Sequence[int]) -> None:
     """Drive the jobs to their end: two bars on a terminal, a line now and then elsewhere."""
     columns = (TextColumn("{task.description:<7}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars = Progress(
@@ -172,7 +182,7 @@ def _watch(jobs: list[_Job], console: Console) -> None:
                     console.print(f"{job.name}: step {step}/{job.steps}  {note}")
             if not any(running):
                 return
-            time.sleep(_POLL_S)
+            _pause(ended)
 
 
 def _last_line(path: Path) -> str:

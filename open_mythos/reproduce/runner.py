@@ -130,12 +130,12 @@ def reproduce(experiments: Sequence[Experiment], settings: Settings, tell: Tell)
     kept = sum(len(outcome.records) for outcome in outcomes)
     if kept:
         tell(f"{_count(kept)} finished before; {len(jobs)} to do")
-    # A plain kill would leave the children running, and the last finished runs unwritten.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if any(job.kind == "cpu" and job.outcome.experiment.CONFIGURED for job in jobs):
-        _build_kernels()
+    pool = _Pool(settings, tell)
+    before = signal.signal(signal.SIGTERM, pool.end)
     try:
-        _Pool(settings, tell).work(jobs)
+        if any(job.kind == "cpu" and job.outcome.experiment.CONFIGURED for job in jobs):
+            _build_kernels()
+        pool.work(jobs)
     finally:
         signal.signal(signal.SIGTERM, before)
     for outcome in outcomes:
@@ -212,6 +212,14 @@ class _Pool:
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.gpus: list[str] = []
         self.free: dict[str, list[int]] = {}
+        self.ended = False
+
+    def end(self, *_: object) -> None:
+        """Handle SIGTERM, which would leave the children running: the next look at them ends them and exits.
+
+        To exit here could leave a lock held that waiting for a child takes, if it interrupts a look at that child.
+        """
+        self.ended = True
 
     def work(self, jobs: Sequence[_Job]) -> None:
         """All of them, unless the time is over."""
@@ -225,6 +233,8 @@ class _Pool:
         try:
             self._start(waiting, running)
             while running:
+                if self.ended:
+                    sys.exit(143)
                 finished = [job for job in running if job.process and job.process.poll() is not None]
                 for job in finished:
                     running.remove(job)

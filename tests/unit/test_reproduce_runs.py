@@ -264,12 +264,16 @@ def test_a_command_that_is_ended_has_written_what_was_finished(place: Path) -> N
     (place / "light.toml").write_text(LIGHT.replace("gain = 0.0", "hang = true"), encoding="utf-8")
     command = [sys.executable, "-m", "open_mythos.cli", "reproduce", "light", "--configs", ".", "--jobs", "4"]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert parent.stderr is not None
-    said = [parent.stderr.readline(), parent.stderr.readline()]
-    assert [line.split(":")[0] for line in sorted(said)] == ["light ours seed 0", "light ours seed 1"]
-    parent.send_signal(signal.SIGTERM)
-    assert parent.wait(timeout=60) == 143
-    parent.stderr.close()
+    try:
+        assert parent.stderr is not None
+        said = [parent.stderr.readline(), parent.stderr.readline()]
+        assert [line.split(":")[0] for line in sorted(said)] == ["light ours seed 0", "light ours seed 1"]
+        parent.send_signal(signal.SIGTERM)
+        parent.communicate(timeout=60)
+        assert parent.returncode == 143
+    finally:
+        parent.kill()
+        parent.communicate()
     result = read_json(place / "runs/reproduce-trial-results/light.json")
     assert result is not None
     assert [(r["arm"], r["seed"]) for r in result["runs"]] == [("ours", 0), ("ours", 1)]
