@@ -50,6 +50,8 @@ class MoEFFN(nn.Module):
     expert_load: Tensor
     # A scalar by which whoever trains slows the bias down, such as at the end; no part of the state.
     pace: Tensor | None = None
+    # Count loads outside of training as well.
+    counting = False
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class MoEFFN(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         experts, weights = self.route(flat)
         order, inverse, counts = expert_offsets(experts, self.n_experts)
-        if self.training and torch.is_grad_enabled():
+        if self.counting or (self.training and torch.is_grad_enabled()):
             self.expert_load += counts
         out = self._routed(flat, weights, order, inverse, counts)
         if self.shared is not None:

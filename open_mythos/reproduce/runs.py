@@ -36,6 +36,9 @@ _FREE: dict[str, tuple[str, ...]] = {
 
 _FREE_SECTIONS = ("eval", "log", "checkpoint")
 
+# Settings younger than results, with the value that changes nothing: only another one is part of what a run is.
+_NEUTRAL: dict[str, dict[str, Any]] = {"train": {"balance": 0}}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -152,7 +155,11 @@ def training_part(sections: Mapping[str, Any]) -> Sections:
     """The sections that decide what a training computes, in one form whether they come from JSON or not."""
     kept = {name: section for name, section in sections.items() if name not in _FREE_SECTIONS}
     plain = {
-        name: {key: value for key, value in section.items() if key not in _FREE.get(name, ())}
+        name: {
+            key: value
+            for key, value in section.items()
+            if key not in _FREE.get(name, ()) and (key, value) not in _NEUTRAL.get(name, {}).items()
+        }
         for name, section in kept.items()
     }
     return json.loads(json.dumps(plain))

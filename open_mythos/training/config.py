@@ -161,6 +161,9 @@ class TrainConfig:
         save_every: steps between checkpoints; 0 saves at the end only.
         max_skips: steps in a row whose update may be left out because the loss or a gradient is not finite;
             one more ends the run.
+        balance: batches after the last step on which nothing but the routers' bias is fitted, forward only, at
+            ``model.max_loop_iters`` loops, the depth of use. Many experts need it: a router that still learns, at
+            other depths, never lets the bias come to rest. 0: none.
     """
 
     steps: int = 1000
@@ -171,11 +174,12 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     max_skips: int = 10
+    balance: int = 0
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1)):
             whole(f"train.{name}", getattr(self, name), low)
-        for name in ("seed", "threads", "save_every", "max_skips"):
+        for name in ("seed", "threads", "save_every", "max_skips", "balance"):
             whole(f"train.{name}", getattr(self, name), 0)
 
 
@@ -299,6 +303,8 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        if self.train.balance and (self.model.router_bias_rate == 0 or self.adapt.kind == "lora"):
+            raise error("train.balance", self.train.balance, "0 where the routers' bias stays as it is")
         if self.data.is_task:
             return
         if self.eval.levels:

@@ -95,6 +95,12 @@ class Gradients:
         replay = self._replay_whole if self.sharded else self._replay
         return replay(batch, plan, torch.as_tensor(targets, device=batch["ids"].device))
 
+    @torch.no_grad()
+    def forward(self, batch: Mapping[str, Tensor], plan: LoopPlan) -> Tensor:
+        """The loss alone, uncaptured, with the matrices in the dtype of training."""
+        with lowered(self.objective, self.dtype):
+            return self.objective(batch, plan)
+
     def _captures(self, batch: Mapping[str, Tensor]) -> bool:
         return self.capture and batch["ids"].is_cuda
 

@@ -20,6 +20,7 @@ from open_mythos.training.config import OptimConfig
 __all__ = [
     "MuonAdamW",
     "Schedule",
+    "balance_pace",
     "build_optimizer",
     "clip_gradients",
     "orthogonalized",
@@ -232,6 +233,11 @@ def router_pace(step: int, steps: int) -> float:
     tokens choose are taken by all of them or by none. At the end the router hardly moves, and neither must the bias.
     """
     return max(0.05, min(1.0, 10 * (steps - step) / steps))
+
+
+def balance_pace(batch: int, batches: int) -> float:
+    """The same at batch 0 … N − 1 of ``train.balance``: from 1 to 1/30, each time by the same factor."""
+    return 30.0 ** (-batch / max(1, batches - 1))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -130,7 +130,7 @@ def write_run(
         "data": data,
         "steps": state.step,
         "skipped": state.skips,
-        "finished": state.step >= config.train.steps,
+        "finished": state.step >= config.train.steps and state.balanced >= config.train.balance,
         "tokens": state.tokens,
         "loops": {"mean": state.loops_sum / max(1, state.forwards), "max": state.loops_max},
         "seconds": state.seconds,

@@ -77,6 +77,7 @@ class TrainState:
         seconds: time spent training, earlier sessions included.
         skips: steps whose update was left out, because a loss or a gradient was not finite.
         skips_in_row: those of them that nothing has followed.
+        balanced: batches of ``train.balance`` done since the last step.
     """
 
     model: OpenMythos
@@ -91,6 +92,7 @@ class TrainState:
     seconds: float = 0.0
     skips: int = 0
     skips_in_row: int = 0
+    balanced: int = 0
 
 
 def counters(state: TrainState) -> dict[str, int | float]:

@@ -83,6 +83,7 @@ class Step:
         state, lr = self.state, self.schedule(self.state.step)
         routing = [(buffer, buffer.clone()) for buffer in self._routing()]
         self.pace.fill_(optim.router_pace(state.step, self.config.train.steps))
+        state.balanced = 0
         state.optimizer.zero_grad(set_to_none=True)
         self.monitor.begin(state.step + 1, read)
         accumulate = self.config.train.accumulate
@@ -108,6 +109,26 @@ class Step:
         self.skips = torch.stack((total + bad, row, torch.maximum(longest, row)))
         state.step += 1
         return self.monitor.end(lr, norms, skipped=bad)
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Fit the routers' bias, and nothing else, to the loads of one batch at the depth of use."""
+        state, model = self.state, self.state.model
+        self.pace.fill_(optim.balance_pace(state.balanced, self.config.train.balance))
+        batch = {
+            key: value.to(self.world.device, non_blocking=True) for key, value in next(state.data).items()
+        }
+        model.eval()
+        try:
+            for moe in self._moes():
+                moe.counting = True
+            self.gradients.forward(batch, LoopPlan(0, model.cfg.max_loop_iters))
+        finally:
+            for moe in self._moes():
+                moe.counting = False
+            model.train()
+        model.update_router_bias()
+        state.balanced += 1
 
     def check(self) -> None:
         """Bring the counts of skipped steps to the host, which waits for the device.

@@ -210,7 +210,9 @@ def _run(
         read = number == 1 or number % every == 0 or number == last
         row = step(read)
         state.seconds = before + time.perf_counter() - began
-        saving = bool(save_every) and state.step % save_every == 0
+        # A checkpoint has the number of its step, and what is saved after the last one is balanced.
+        balancing = state.step == config.train.steps and config.train.balance
+        saving = bool(save_every) and state.step % save_every == 0 and not balancing
         if row is not None:
             row["seconds"] = state.seconds
             trackers.log(row)
@@ -222,6 +224,10 @@ def _run(
         if saving:
             with step.monitor.paused():
                 saver.save(state, config.to_dict())
+    if state.step >= config.train.steps:
+        while state.balanced < config.train.balance:
+            step.balance()
+            state.seconds = before + time.perf_counter() - began
     saver.save(state, config.to_dict())
 
 

@@ -91,13 +91,20 @@ def gradient_is_that_of_one_process(world: World, *overrides: str) -> None:
 
 
 def steps_equal_those_of_one_process(world: World, kind: str, tolerance: float) -> None:
-    """Three whole updates; Muon turns in bfloat16, so that only its own rounding may differ."""
+    """Three whole updates and a balanced bias; Muon turns in bfloat16, so that only its own rounding may differ."""
     torch.set_default_dtype(torch.float64)
     try:
-        steps = [stepper(w, f"optim.kind={kind}", "optim.eps=1e-3") for w in (world, World())]
+        few = (f"optim.kind={kind}", "optim.eps=1e-3", "train.balance=2")
+        steps = [stepper(w, *few) for w in (world, World())]
         for step in steps:
             for _ in range(3):
                 step(read=False)
+            before = dict(step.state.model.named_buffers())["recurrent.block.ffn.router_bias"].clone()
+            for _ in range(2):
+                step.balance()
+            assert not torch.equal(
+                dict(step.state.model.named_buffers())["recurrent.block.ffn.router_bias"], before
+            )
     finally:
         torch.set_default_dtype(torch.float32)
     got, wanted = (dict(step.state.model.named_parameters()) for step in steps)

@@ -151,6 +151,7 @@ def test_a_new_kind_empties_its_section(smoke: Path, tmp_path: Path):
         ("loops.per=row", "loops.per = 'row' is not allowed: it must be 'batch' or 'sequence'"),
         ("optim.kind=sgd", "optim.kind = 'sgd' is not allowed: it must be 'adamw' or 'muon'"),
         ("optim.muon_lr=0", "optim.muon_lr = 0 is not allowed: it must be a number above 0"),
+        ("train.balance=-1", "train.balance = -1 is not allowed"),
         ("train.max_skips=-1", "train.max_skips = -1 is not allowed"),
         (
             "parallel.device=tpu",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from open_mythos.config import ConfigError
 from open_mythos.model import MoEFFN
+from open_mythos.reproduce.experts import watch
 from open_mythos.training import optim
 from open_mythos.training.checkpoint import CheckpointError, find_checkpoint
 from open_mythos.training.config import RunConfig, load_config
@@ -21,9 +22,11 @@ from open_mythos.training.loops import LoopPlan
 from open_mythos.training.monitor import Monitor
 from open_mythos.training.objective import Objective, loss
 from open_mythos.training.parallel import World
+from open_mythos.training.sources import evaluation_batches
 from open_mythos.training.state import state_tensors
 from open_mythos.training.step import Step, TrainingError
 from open_mythos.training.trainer import spread, train
+from open_mythos.weights import from_pretrained
 
 
 def config(root: Path, *overrides: str) -> RunConfig:
@@ -83,6 +86,65 @@ def test_the_router_bias_comes_to_rest_over_the_last_tenth(root: Path):
         assert float(moved[0] - moved[1]) == pytest.approx(share * 0.1 * math.log(1.05 / 0.05), abs=1e-5)
     assert [optim.router_pace(number, 1000) for number in (0, 900, 950, 999)] == [1, 1, 0.5, 0.05]
     assert not any("pace" in name for name in state_tensors(step.state, 0))
+
+
+def test_balance_moves_nothing_but_the_bias_and_evens_the_loads_at_the_depth_of_use(
+    root: Path, tmp_path: Path
+):
+    few = ("train.steps=3", "train.threads=1", "model.router_bias_rate=0.1")
+    plain = train(config(root, *few), tmp_path / "plain")
+    even = train(config(root, *few, "train.balance=60"), tmp_path / "even")
+    before, after = (load_file(out / "model" / "model.safetensors") for out in (plain, even))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"recurrent.block.ffn.{name}" for name in ("router_bias", "expert_load")}
+    assert (plain / "metrics.jsonl").read_text().count("\n") == (even / "metrics.jsonl").read_text().count(
+        "\n"
+    )
+    cfg = load_config(root / "configs" / "smoke.toml", ["eval.examples=64"])
+    batches = list(evaluation_batches(cfg, "validation"))
+    assert [round(optim.balance_pace(batch, 3), 4) for batch in range(3)] == [1.0, 0.1826, 0.0333]
+    loads = []
+    for out in (plain, even):
+        model = from_pretrained(out / "model").eval()
+        found = watch(model, batches, model.cfg.max_loop_iters, padded=True)["loads"]
+        loads.append(min(found) * len(found) / sum(found))
+    assert loads[0] < 0.7 < 0.85 < loads[1]
+
+
+def test_a_run_broken_off_while_it_balances_goes_on_and_a_longer_one_balances_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    few = ("train.steps=4", "train.threads=1", "train.balance=3", "train.save_every=2")
+    whole = train(config(root, *few), tmp_path / "whole")
+    balance, calls = Step.balance, []
+
+    def stopped(self: Step) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        balance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "balance", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(root, *few), tmp_path / "broken")
+    assert json.loads((tmp_path / "broken/run.json").read_text())["finished"] is False
+    for again in range(2):  # the second finds nothing left to do
+        broken = train(config(root, *few), tmp_path / "broken", resume=True)
+        one, other = (load_file(out / "model" / "model.safetensors") for out in (whole, broken))
+        assert all(torch.equal(one[name], other[name]) for name in one), again
+    assert json.loads((broken / "run.json").read_text())["finished"] is True
+    longer = train(config(root, *few[1:], "train.steps=6"), broken, resume=True)
+    assert find_checkpoint(longer / "checkpoints").meta["counters"]["balanced"] == 3
+    assert json.loads((longer / "run.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize("fixed", ["model.router_bias_rate=0.0", "adapt.kind=lora"])
+def test_a_bias_that_stays_cannot_be_balanced(root: Path, fixed: str):
+    with pytest.raises(
+        ConfigError, match=r"train.balance = 5 is not allowed: it must be 0 where the routers' bias"
+    ):
+        config(root, "train.balance=5", "adapt.start=somewhere" if "lora" in fixed else fixed, fixed)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
