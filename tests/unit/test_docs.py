@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -220,3 +221,43 @@ def test_the_readmes_ten_lines_run() -> None:
     assert len(code[0].splitlines()) <= 10
     assert tuple(names["more"].shape) == (1, 40)  # type: ignore[attr-defined]
     assert tuple(names["deep"].shape) == (1, 32, 259)  # type: ignore[attr-defined]
+
+
+def _judged(name: str, label: str) -> dict[str, Any]:
+    result = json.loads((ROOT / f"docs/results/reproduce/{name}.json").read_text(encoding="utf-8"))
+    return next(figure for figure in result["verdict"]["figures"] if figure["label"] == label)
+
+
+def _percent(value: float, digits: int) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
+def test_the_readmes_figures_are_those_of_the_result_files() -> None:
+    page = read("README.md")
+    digits = _judged("digit_chain", "6 to 8 digits, best loops")
+    median, least, most = (_percent(digits[key], 1) for key in ("median", "min", "max"))
+    assert digits["n"] == 6
+    assert f"6 to 8 digits, six seeds | {median} % ({least} to {most} %)" in page
+    khop = _judged("khop", "8th hop, 16 loops")
+    assert khop["n"] == 6
+    assert f"six seeds | median {_percent(khop['median'], 0)} %" in page
+    spent, bits = (
+        _judged("exits", "loops, of full depth"),
+        _judged("exits", "bits, of full depth (the mean of the training)"),
+    )
+    assert spent["n"] == bits["n"] == 3
+    assert (
+        f"three seeds | {_percent(spent['median'], 0)} % of the loops, {_percent(bits['median'] - 1, 2)} % more bits"
+        in page
+    )
+    long = _judged("parity", "512 bits, best loops")
+    assert f"512 bits are read with 256 loops ({_percent(long['median'], 2)} %" in page
+    decode = json.loads(read("docs/results/inference_gpu.json"))[-1]
+    for batch in (1, 16):
+        ms = [decode[f"decode_{kind}_{batch}"]["ms_per_token"] for kind in ("mla", "gqa")]
+        assert "{:.2f} and {:.2f} ms".format(*ms) in page
+    drafts = json.loads(read("docs/results/speculation.json"))["rows"]
+    (gain,) = (
+        row["speedup"] for row in drafts if "speedup" in row and (row["dtype"], row["batch"]) == ("bf16", 1)
+    )
+    assert f"{gain:.2f} times as fast" in page
