@@ -108,7 +108,7 @@ class MoEFFN(nn.Module):
         return combine(out, order, inverse, self.topk).to(flat.dtype)
 
     @torch.no_grad()
-    def update_bias(self) -> None:
+    def update_bias(self, keep: float = 0.0) -> None:
         """Move the bias towards underused experts by the loads counted since the last call, then forget them.
 
         b_i ← b_i + rate · pace · (mean_j log s_j − log s_i), with s_i = load_i / mean load + 0.05. An expert whose
@@ -116,6 +116,9 @@ class MoEFFN(nn.Module):
         to what is lacking is at most the rate. The 0.05 bounds it for an expert that got nothing, at three times
         the rate. Without counts nothing moves. The model calls this at the start of a training forward, once,
         outside every recomputed region.
+
+        Args:
+            keep: share of the counts that the next call has to follow as well, for loads that are less noisy.
         """
         if self.bias_rate == 0.0:
             return
@@ -126,7 +129,10 @@ class MoEFFN(nn.Module):
         share = (load / mean.clamp(min=1e-9) + _FLOOR).log()
         step = self.bias_rate * (share.mean() - share) * (mean > 0)
         self.router_bias += step if self.pace is None else step * self.pace
-        self.expert_load.zero_()
+        if keep:
+            self.expert_load.copy_(self.expert_load * keep)
+        else:
+            self.expert_load.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
         """Follow device moves, but keep the bias in at least float32: small steps vanish in bfloat16."""

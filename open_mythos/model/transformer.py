@@ -293,11 +293,15 @@ class OpenMythos(nn.Module):
 
         return decode(self, ids, ctx, n_loops)
 
-    def update_router_bias(self) -> None:
-        """Let the balancing bias follow the loads counted so far; :meth:`forward` calls it while training."""
+    def update_router_bias(self, keep: float = 0.0) -> None:
+        """Let the balancing bias follow the loads counted so far; :meth:`forward` calls it while training.
+
+        Args:
+            keep: see :meth:`MoEFFN.update_bias`.
+        """
         for module in self.modules():
             if isinstance(module, MoEFFN):
-                module.update_bias()
+                module.update_bias(keep)
 
     def generate(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Continue each row; see :func:`open_mythos.inference.generate.generate` for every argument.

@@ -28,6 +28,11 @@ from open_mythos.training.state import TrainState
 __all__ = ["Step", "TrainingError"]
 
 
+# Of the loads, from batch to batch of ``train.balance``. One batch alone, whose tokens are much alike, is too noisy for
+# a hundred experts.
+_KEPT = 0.8
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on. The message says at which step, and what may help."""
 
@@ -112,7 +117,7 @@ class Step:
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Fit the routers' bias, and nothing else, to the loads of one batch at the depth of use."""
+        """Fit the routers' bias, and nothing else, to the loads of about five batches at the depth of use."""
         state, model = self.state, self.state.model
         self.pace.fill_(optim.balance_pace(state.balanced, self.config.train.balance))
         batch = {
@@ -127,8 +132,8 @@ class Step:
             for moe in self._moes():
                 moe.counting = False
             model.train()
-        model.update_router_bias()
         state.balanced += 1
+        model.update_router_bias(keep=_KEPT if state.balanced < self.config.train.balance else 0.0)
 
     def check(self) -> None:
         """Bring the counts of skipped steps to the host, which waits for the device.
