@@ -107,9 +107,10 @@ INLINE float load_one(const char *at, const int bytes) {
 /* x times what the codes of row r are multiples of. */
 INLINE float scaled(float x, Matrix w, i64 r, const int bytes) { return bytes == 1 ? x * w.factor[r] : x; }
 
-/* y[r, t] = w[r] . x[t] for R rows and T tokens held in registers. */
+/* y[r, t] = w[r] . x[t] for R rows and T tokens held in registers. Of the R rows that follow, `ahead` are fetched
+ * into the second cache, from row `begin` of them on. */
 INLINE void dot_tile(Matrix w, i64 ldw, const float *x, i64 ldx, i64 len, float *y, i64 row, i64 token,
-                     const int R, const int T, const int first, const int bytes) {
+                     const int R, const int T, const int ahead, i64 begin, const int bytes) {
     lanes acc[4][4];
     i64 i = 0;
     for (int r = 0; r < R; r++)
@@ -119,7 +120,7 @@ INLINE void dot_tile(Matrix w, i64 ldw, const float *x, i64 ldx, i64 len, float 
         for (int t = 0; t < T; t++) in[t] = *(const lanes *)(x + t * ldx + i);
         for (int r = 0; r < R; r++) {
             const char *at = w.at + (r * ldw + i) * bytes;
-            if (first) __builtin_prefetch(at + R * ldw * bytes, 0, 2); /* past the end it does nothing */
+            if (r < ahead) __builtin_prefetch(at + (R + begin) * ldw * bytes, 0, 2); /* past the end it does nothing */
             const lanes row_r = load(at, bytes);
             for (int t = 0; t < T; t++) acc[r][t] += row_r * in[t];
         }
@@ -142,15 +143,23 @@ INLINE void dots_of(Matrix w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 to
         const Matrix tile = below(w, r, ldw);
         float *out = y + r * row;
         i64 t = 0;
+        if (tokens >= 8) /* the next rows in two halves: fetched all at once they would be waited for */
+            for (; t < 8; t += 4)
+                dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 4, 2, t / 2, bytes);
+        else if (tokens >= 4) {
+            dot_tile(tile, ldw, x, ldx, len, out, row, token, 4, 4, 4, 0, bytes);
+            t = 4;
+        }
         for (; t + 4 <= tokens; t += 4)
-            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 4, t == 0, bytes);
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 4, 0, 0, bytes);
         for (; t + 2 <= tokens; t += 2)
-            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 2, t == 0, bytes);
-        if (t < tokens) dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 1, t == 0, bytes);
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 2, t ? 0 : 4, 0, bytes);
+        if (t < tokens)
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 1, t ? 0 : 4, 0, bytes);
     }
     for (; r < rows; r++)
         for (i64 t = 0; t < tokens; t++)
-            dot_tile(below(w, r, ldw), ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 1, 1, 0,
+            dot_tile(below(w, r, ldw), ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 1, 1, 0, 0,
                      bytes);
 }
 
