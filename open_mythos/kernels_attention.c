@@ -5,6 +5,7 @@
 /* softmax(scale * scores) in place over C; masked scores count as -inf, a row without any True gives zeros. */
 static void softmax_row(float *s, const unsigned char *mask, float scale, i64 C) {
     float top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
     for (i64 c = 0; c < C; c++) {
         s[c] = mask && !mask[c] ? -INFINITY : s[c] * scale;
         top = s[c] > top ? s[c] : top;
@@ -31,32 +32,32 @@ INLINE float *column(const Step *s, const Slot *slot, float *buffer, i64 row, i6
     return buffer + ((i64)table[c / s->page] * s->page + c % s->page) * slot->token;
 }
 
-/* Heads from..to: out (N, H, width) = softmax(scale q k^T) v, queries (N, H, reach) and keys (C, G, reach). Heads
- * that read the same keys take them together. MLA is G = 1 with the first R channels of the keys as values. */
+/* out (N, H, width) = softmax(scale q k^T) v, queries (N, H, reach) and keys (C, G, reach): this thread's share of the
+ * N H heads. Those that read the same keys take them together. MLA is G = 1 with the first R channels of the keys as
+ * values. */
 static void attend(const Step *s, const Work *t, const Slot *slot, float *values, i64 groups, i64 reach, i64 width,
-                   i64 from, i64 to, float *out) {
-    for (i64 n = 0; n < s->N; n++) {
-        const i64 row = n / s->S, C = columns(s, n), each = s->pages ? s->page : C;
-        const unsigned char *seen = s->mask ? s->mask + n / s->S * s->mask_batch + n % s->S * s->mask_token : 0;
-        for (i64 h = from, next; h < to; h = next) {
-            const i64 g = h * groups / s->H;
-            const float *in[s->H];
-            float *mixed[s->H];
-            for (next = h; next < to && next * groups / s->H == g; next++) {
-                in[next - h] = t->scores + (n * s->H + next) * s->C;
-                mixed[next - h] = out + (n * s->H + next) * width;
-                memset(mixed[next - h], 0, sizeof(float) * (size_t)width);
-            }
-            float *scores = t->scores + (n * s->H + h) * s->C;
-            for (i64 c = 0; c < C; c += each)
-                dots(plain(column(s, slot, slot->keys, row, c) + g * reach), slot->token, c + each < C ? each : C - c,
-                     t->queries + (n * s->H + h) * reach, reach, next - h, reach, scores + c, 1, s->C);
-            for (i64 i = h; i < next; i++) softmax_row(scores + (i - h) * s->C, seen, s->scale, C);
-            for (i64 c = 0; c < C; c += each) {
-                add_rows(plain(column(s, slot, values, row, c) + g * width), slot->token,
-                         c + each < C ? each : C - c, in, mixed, next - h, 0, width);
-                for (i64 i = h; i < next; i++) in[i - h] += each;
-            }
+                   float *out) {
+    i64 at, end;
+    mine(s->N * s->H, 1, t, &at, &end);
+    for (i64 next; at < end; at = next) {
+        const i64 n = at / s->H, g = at % s->H * groups / s->H, row = n / s->S;
+        const i64 C = columns(s, n), each = s->pages ? s->page : C;
+        const unsigned char *seen = s->mask ? s->mask + row * s->mask_batch + n % s->S * s->mask_token : 0;
+        const float *in[s->H];
+        float *mixed[s->H], *scores = t->scores + at * s->C;
+        for (next = at; next < end && next / s->H == n && next % s->H * groups / s->H == g; next++) {
+            in[next - at] = t->scores + next * s->C;
+            mixed[next - at] = out + next * width;
+            memset(mixed[next - at], 0, sizeof(float) * (size_t)width);
+        }
+        for (i64 c = 0; c < C; c += each)
+            dots(plain(column(s, slot, slot->keys, row, c) + g * reach), slot->token, c + each < C ? each : C - c,
+                 t->queries + at * reach, reach, next - at, reach, scores + c, 1, s->C);
+        for (i64 i = at; i < next; i++) softmax_row(t->scores + i * s->C, seen, s->scale, C);
+        for (i64 c = 0; c < C; c += each) {
+            add_rows(plain(column(s, slot, values, row, c) + g * width), slot->token, c + each < C ? each : C - c, in,
+                     mixed, next - at, 0, width);
+            for (i64 i = 0; i < next - at; i++) in[i] += each;
         }
     }
 }
@@ -104,7 +105,10 @@ static void latent_attention(const Step *s, const Layer *l, const Slot *slot, co
         add_rows(below(l->kv_up, h * (K + V), R), R, K, in, out, N, 0, R);
     }
 #pragma omp barrier
-    attend(s, t, slot, slot->keys, 1, width, R, from, to, t->mixed);
+    attend(s, t, slot, slot->keys, 1, width, R, t->mixed);
+    if (N > 1) { /* otherwise this thread's heads are still its own */
+#pragma omp barrier
+    }
     for (i64 h = from; h < to; h++)
         dots(below(l->kv_up, h * (K + V) + K, R), R, V, t->mixed + h * R, H * R, N, R, t->values + h * V, 1, H * V);
 }
@@ -134,5 +138,5 @@ static void grouped_attention(const Step *s, const Layer *l, const Slot *slot, c
         memcpy(place(s, slot, slot->values, n), raw + (H + G) * K, sizeof(float) * (size_t)(G * K));
     }
 #pragma omp barrier
-    attend(s, t, slot, slot->values, G, K, K, from, to, t->values);
+    attend(s, t, slot, slot->values, G, K, K, t->values);
 }
