@@ -58,6 +58,26 @@ INLINE lanes lane_sums(lanes a, lanes b, lanes c, lanes d) {
     return v + __builtin_shuffle(v, (order){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
 }
 
+/* The sums of v[r][t] in lanes 4 t + r, in the same order. Half of the moves are blends, which any port does. */
+INLINE lanes tile_sums(const lanes v[4][4]) {
+    const order far = {8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23};
+    const order near = {0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31};
+    lanes u[4];
+    for (int t = 0; t < 4; t++) {
+        const lanes ab = __builtin_shuffle(v[0][t], v[1][t], near) + __builtin_shuffle(v[0][t], v[1][t], far);
+        const lanes cd = __builtin_shuffle(v[2][t], v[3][t], near) + __builtin_shuffle(v[2][t], v[3][t], far);
+        u[t] = __builtin_shuffle(ab, cd, (order){0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31}) +
+               __builtin_shuffle(ab, cd, (order){4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27});
+    } /* row 0, 2, 1, 3 in four lanes each */
+    const order two = {0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31};
+    const order other = {2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29};
+    const lanes a = __builtin_shuffle(u[0], u[1], two) + __builtin_shuffle(u[0], u[1], other);
+    const lanes b = __builtin_shuffle(u[2], u[3], two) + __builtin_shuffle(u[2], u[3], other);
+    const order even = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30};
+    const lanes sums = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+    return __builtin_shuffle(sums, (order){0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15});
+}
+
 INLINE float lane_sum(lanes v) {
     v += __builtin_shuffle(v, (order){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
     v += __builtin_shuffle(v, (order){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
@@ -107,10 +127,10 @@ INLINE float load_one(const char *at, const int bytes) {
 /* x times what the codes of row r are multiples of. */
 INLINE float scaled(float x, Matrix w, i64 r, const int bytes) { return bytes == 1 ? x * w.factor[r] : x; }
 
-/* y[r, t] = w[r] . x[t] for R rows and T tokens held in registers. Of the R rows that follow, `ahead` are fetched
+/* y[t, r] = w[r] . x[t] for R rows and T tokens held in registers. Of the R rows that follow, `ahead` are fetched
  * into the second cache, from row `begin` of them on. */
-INLINE void dot_tile(Matrix w, i64 ldw, const float *x, i64 ldx, i64 len, float *y, i64 row, i64 token,
-                     const int R, const int T, const int ahead, i64 begin, const int bytes) {
+INLINE void dot_tile(Matrix w, i64 ldw, const float *x, i64 ldx, i64 len, float *y, i64 token, const int R,
+                     const int T, const int ahead, i64 begin, const int bytes) {
     lanes acc[4][4];
     i64 i = 0;
     for (int r = 0; r < R; r++)
@@ -125,53 +145,56 @@ INLINE void dot_tile(Matrix w, i64 ldw, const float *x, i64 ldx, i64 len, float 
             for (int t = 0; t < T; t++) acc[r][t] += row_r * in[t];
         }
     }
+    if (R == 4 && T == 4 && i == len && bytes != 1) {
+        const lanes sums = tile_sums(acc);
+        for (int t = 0; t < 4; t++) memcpy(y + t * token, (const float *)&sums + 4 * t, 4 * sizeof(float));
+        return;
+    }
     for (int t = 0; t < T; t++) {
         lanes sums = {0};
         if (R == 4) sums = lane_sums(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);
         for (int r = 0; r < R; r++) {
             float sum = R == 4 ? sums[4 * r] : lane_sum(acc[r][t]);
             for (i64 j = i; j < len; j++) sum += load_one(w.at + (r * ldw + j) * bytes, bytes) * x[t * ldx + j];
-            y[r * row + t * token] = scaled(sum, w, r, bytes);
+            y[t * token + r] = scaled(sum, w, r, bytes);
         }
     }
 }
 
-INLINE void dots_of(Matrix w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 tokens, i64 len, float *y, i64 row,
-                    i64 token, const int bytes) {
+INLINE void dots_of(Matrix w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 tokens, i64 len, float *y, i64 token,
+                    const int bytes) {
     i64 r = 0;
     for (; r + 4 <= rows; r += 4) {
         const Matrix tile = below(w, r, ldw);
-        float *out = y + r * row;
+        float *out = y + r;
         i64 t = 0;
         if (tokens >= 8) /* the next rows in two halves: fetched all at once they would be waited for */
             for (; t < 8; t += 4)
-                dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 4, 2, t / 2, bytes);
+                dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, token, 4, 4, 2, t / 2, bytes);
         else if (tokens >= 4) {
-            dot_tile(tile, ldw, x, ldx, len, out, row, token, 4, 4, 4, 0, bytes);
+            dot_tile(tile, ldw, x, ldx, len, out, token, 4, 4, 4, 0, bytes);
             t = 4;
         }
         for (; t + 4 <= tokens; t += 4)
-            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 4, 0, 0, bytes);
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, token, 4, 4, 0, 0, bytes);
         for (; t + 2 <= tokens; t += 2)
-            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 2, t ? 0 : 4, 0, bytes);
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, token, 4, 2, t ? 0 : 4, 0, bytes);
         if (t < tokens)
-            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, row, token, 4, 1, t ? 0 : 4, 0, bytes);
+            dot_tile(tile, ldw, x + t * ldx, ldx, len, out + t * token, token, 4, 1, t ? 0 : 4, 0, bytes);
     }
     for (; r < rows; r++)
         for (i64 t = 0; t < tokens; t++)
-            dot_tile(below(w, r, ldw), ldw, x + t * ldx, ldx, len, y + r * row + t * token, row, token, 1, 1, 0, 0,
-                     bytes);
+            dot_tile(below(w, r, ldw), ldw, x + t * ldx, ldx, len, y + t * token + r, token, 1, 1, 0, 0, bytes);
 }
 
-/* y[r * row + t * token] = w[r] . x[t]: each weight row leaves memory once for all tokens. */
-static void dots(Matrix w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 tokens, i64 len, float *y, i64 row,
-                 i64 token) {
+/* y[t * token + r] = w[r] . x[t]: each weight row leaves memory once for all tokens. */
+static void dots(Matrix w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 tokens, i64 len, float *y, i64 token) {
     if (w.bytes == 4)
-        dots_of(w, ldw, rows, x, ldx, tokens, len, y, row, token, 4);
+        dots_of(w, ldw, rows, x, ldx, tokens, len, y, token, 4);
     else if (w.bytes == 2)
-        dots_of(w, ldw, rows, x, ldx, tokens, len, y, row, token, 2);
+        dots_of(w, ldw, rows, x, ldx, tokens, len, y, token, 2);
     else
-        dots_of(w, ldw, rows, x, ldx, tokens, len, y, row, token, 1);
+        dots_of(w, ldw, rows, x, ldx, tokens, len, y, token, 1);
 }
 
 /* y[t][from..to] += sum over R rows of x[t][r] * w[r][from..to]. */

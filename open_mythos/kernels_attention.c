@@ -52,7 +52,7 @@ static void attend(const Step *s, const Work *t, const Slot *slot, float *values
         }
         for (i64 c = 0; c < C; c += each)
             dots(plain(column(s, slot, slot->keys, row, c) + g * reach), slot->token, c + each < C ? each : C - c,
-                 t->queries + at * reach, reach, next - at, reach, scores + c, 1, s->C);
+                 t->queries + at * reach, reach, next - at, reach, scores + c, s->C);
         for (i64 i = at; i < next; i++) softmax_row(t->scores + i * s->C, seen, s->scale, C);
         for (i64 c = 0; c < C; c += each) {
             add_rows(plain(column(s, slot, values, row, c) + g * width), slot->token, c + each < C ? each : C - c, in,
@@ -90,7 +90,7 @@ static void latent_attention(const Step *s, const Layer *l, const Slot *slot, co
     }
     mine(H, 1, t, &from, &to);
     if (from < to)
-        dots(below(l->q_up, from * head, Q), Q, (to - from) * head, t->low, Q, N, Q, t->full + from * head, 1,
+        dots(below(l->q_up, from * head, Q), Q, (to - from) * head, t->low, Q, N, Q, t->full + from * head,
              H * head);
     for (i64 h = from; h < to; h++) {
         const float *in[N];
@@ -110,7 +110,7 @@ static void latent_attention(const Step *s, const Layer *l, const Slot *slot, co
 #pragma omp barrier
     }
     for (i64 h = from; h < to; h++)
-        dots(below(l->kv_up, h * (K + V) + K, R), R, V, t->mixed + h * R, H * R, N, R, t->values + h * V, 1, H * V);
+        dots(below(l->kv_up, h * (K + V) + K, R), R, V, t->mixed + h * R, H * R, N, R, t->values + h * V, H * V);
 }
 
 /* GQA (model/attention.py): normed (N, D) -> values (N, H, K). */

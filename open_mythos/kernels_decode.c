@@ -78,7 +78,7 @@ INLINE void mine(i64 n, i64 grain, const Work *t, i64 *from, i64 *to) {
 static void project(Matrix w, i64 rows, i64 len, const float *x, i64 N, float *y, i64 ldy, const Work *t) {
     i64 from, to;
     mine(rows, 4, t, &from, &to);
-    if (from < to) dots(below(w, from, len), len, to - from, x, len, N, len, y + from, 1, ldy);
+    if (from < to) dots(below(w, from, len), len, to - from, x, len, N, len, y + from, ldy);
 }
 
 #include "kernels_attention.c"
@@ -168,8 +168,8 @@ static void feed_forward(const Step *s, const Layer *l, const Work *t) {
     if (l->router.at) project(l->router, s->E, D, t->normed, N, t->routes, s->E, t);
     if (Fs) {
         mine(Fs, LANES, t, &from, &to);
-        dots(below(l->gate_up, from, D), D, to - from, t->normed, D, N, D, t->side + from, 1, 2 * Fs);
-        dots(below(l->gate_up, Fs + from, D), D, to - from, t->normed, D, N, D, t->side + Fs + from, 1, 2 * Fs);
+        dots(below(l->gate_up, from, D), D, to - from, t->normed, D, N, D, t->side + from, 2 * Fs);
+        dots(below(l->gate_up, Fs + from, D), D, to - from, t->normed, D, N, D, t->side + Fs + from, 2 * Fs);
         for (i64 n = 0; n < N; n++) {
             float *h = t->side + n * 2 * Fs;
 #pragma omp simd
@@ -182,7 +182,7 @@ static void feed_forward(const Step *s, const Layer *l, const Work *t) {
     }
 #pragma omp barrier
     mine(D, LANES, t, &from, &to);
-    if (Fs && from < to) dots(below(l->down, from, Fs), Fs, to - from, t->side, 2 * Fs, N, Fs, t->z + from, 1, D);
+    if (Fs && from < to) dots(below(l->down, from, Fs), Fs, to - from, t->side, 2 * Fs, N, Fs, t->z + from, D);
     for (i64 n = 0; n < N; n++)
         for (i64 i = n * D + from; i < n * D + to; i++) {
             float sum = t->y[i] + (Fs ? t->z[i] : 0.0f);
@@ -204,7 +204,7 @@ static void block(const Step *s, const Layer *l, const Slot *slot, const Work *t
         grouped_attention(s, l, slot, t);
 #pragma omp barrier
     mine(D, LANES, t, &from, &to);
-    if (from < to) dots(below(l->wo, from, width), width, to - from, t->values, width, N, width, t->y + from, 1, D);
+    if (from < to) dots(below(l->wo, from, width), width, to - from, t->values, width, N, width, t->y + from, D);
     for (i64 n = 0; n < N; n++)
         for (i64 i = n * D + from; i < n * D + to; i++) t->y[i] += t->x[i];
 #pragma omp barrier
@@ -250,7 +250,7 @@ static void next_state(const Step *s, i64 loop, const Work *t) {
         const float *z = t->z + n * D, *e = t->e + n * D;
 #pragma omp simd
         for (i64 i = 0; i < D; i++) u[i] = s->keeps_input ? z[i] : z[i] - x[i];
-        if (s->L) dots(plain(s->lora_down), D, s->L, z, D, 1, D, t->low, 1, 1);
+        if (s->L) dots(plain(s->lora_down), D, s->L, z, D, 1, D, t->low, 1);
         for (i64 r = 0; r < s->L; r++) {
             const float amount = t->low[r] * scale[r], *row = s->lora_B + r * D;
 #pragma omp simd
@@ -276,7 +276,7 @@ static void observe(const Step *s, i64 loop, const Work *t) {
         if (halts && now && !(t->mass[n] > s->still_running)) continue;
         memcpy(t->chosen + n * s->D, h, sizeof(float) * (size_t)s->D);
         if (!halts) continue;
-        dots(plain(s->halt), s->D, 1, h, s->D, 1, s->D, &logit, 1, 1);
+        dots(plain(s->halt), s->D, 1, h, s->D, 1, s->D, &logit, 1);
         t->mass[n] = (now ? t->mass[n] : 1.0f) * (1.0f - 1.0f / (1.0f + expf(-(logit + *s->halt_bias))));
     }
 }
