@@ -208,7 +208,7 @@ INLINE void add_tile(Matrix w, i64 ldw, const float *const *x, i64 at, float *co
         lanes row[4];
         for (int r = 0; r < R; r++) {
             const char *place = w.at + (r * ldw + c) * bytes;
-            if (first) __builtin_prefetch(place + 2 * R * ldw * bytes, 0, 2); /* past the end it does nothing */
+            if (first) __builtin_prefetch(place + R * ldw * bytes, 0, 2); /* past the end it does nothing */
             row[r] = load(place, bytes);
         }
         for (int t = 0; t < T; t++) {
@@ -230,6 +230,10 @@ INLINE void add_rows_of(Matrix w, i64 ldw, i64 rows, const float *const *x, floa
         const Matrix tile = below(w, r, ldw);
         i64 t = 0;
         for (; t + 4 <= tokens; t += 4) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 4, t == 0, bytes);
+        if (t + 3 == tokens) {
+            add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 3, t == 0, bytes);
+            t = tokens;
+        }
         for (; t + 2 <= tokens; t += 2) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 2, t == 0, bytes);
         for (; t < tokens; t++) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 1, t == 0, bytes);
     }

@@ -137,7 +137,7 @@ static void routed_experts(const Step *s, const Layer *l, const Work *t) {
         if (low >= high) continue;
         for (i64 i = 0; i < m; i++) {
             in[i] = t->normed + slots[begin + i] / s->k * D;
-            out[i] = t->hidden + slots[begin + i] * 2 * F;
+            out[i] = t->hidden + slots[begin + i] * (2 * F + LANES); /* not a multiple of a page: loads would wait */
             memset(out[i] + low, 0, sizeof(float) * (size_t)(high - low));
             memset(out[i] + F + low, 0, sizeof(float) * (size_t)(high - low));
         }
@@ -338,7 +338,7 @@ static i64 lay_out(const Step *s, float *room, Work *t) {
                   {&t->y, N * D},
                   {&t->z, N * D},
                   {&t->routes, N * s->E},
-                  {&t->hidden, N * s->k * 2 * s->F},
+                  {&t->hidden, N * s->k * (2 * s->F + LANES)},
                   {&t->side, N * 2 * widest},
                   {&t->decay, D},
                   {&t->sums, s->threads * N * D}},
