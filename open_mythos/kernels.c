@@ -199,7 +199,7 @@ static void dots(Matrix w, i64 ldw, i64 rows, const float *x, i64 ldx, i64 token
 
 /* y[t][from..to] += sum over R rows of x[t][r] * w[r][from..to]. */
 INLINE void add_tile(Matrix w, i64 ldw, const float *const *x, i64 at, float *const *y, i64 from, i64 to,
-                     const int R, const int T, const int first, const int bytes) {
+                     const int R, const int T, const int ahead, i64 begin, const int bytes) {
     lanes factor[4][4];
     i64 c = from;
     for (int t = 0; t < T; t++)
@@ -208,7 +208,7 @@ INLINE void add_tile(Matrix w, i64 ldw, const float *const *x, i64 at, float *co
         lanes row[4];
         for (int r = 0; r < R; r++) {
             const char *place = w.at + (r * ldw + c) * bytes;
-            if (first) __builtin_prefetch(place + R * ldw * bytes, 0, 2); /* past the end it does nothing */
+            if (r < ahead) __builtin_prefetch(place + (R + begin) * ldw * bytes, 0, 2);
             row[r] = load(place, bytes);
         }
         for (int t = 0; t < T; t++) {
@@ -229,16 +229,25 @@ INLINE void add_rows_of(Matrix w, i64 ldw, i64 rows, const float *const *x, floa
     for (; r + 4 <= rows; r += 4) {
         const Matrix tile = below(w, r, ldw);
         i64 t = 0;
-        for (; t + 4 <= tokens; t += 4) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 4, t == 0, bytes);
+        if (tokens >= 16) /* the next rows in as many parts as tiles, up to four */
+            for (; t < 16; t += 4) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 4, 1, t / 4, bytes);
+        else if (tokens >= 8)
+            for (; t < 8; t += 4) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 4, 2, t / 2, bytes);
+        else if (tokens >= 4) {
+            add_tile(tile, ldw, x, r, y, from, to, 4, 4, 4, 0, bytes);
+            t = 4;
+        }
+        for (; t + 4 <= tokens; t += 4) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 4, 0, 0, bytes);
         if (t + 3 == tokens) {
-            add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 3, t == 0, bytes);
+            add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 3, t ? 0 : 4, 0, bytes);
             t = tokens;
         }
-        for (; t + 2 <= tokens; t += 2) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 2, t == 0, bytes);
-        for (; t < tokens; t++) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 1, t == 0, bytes);
+        for (; t + 2 <= tokens; t += 2) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 2, t ? 0 : 4, 0, bytes);
+        for (; t < tokens; t++) add_tile(tile, ldw, x + t, r, y + t, from, to, 4, 1, t ? 0 : 4, 0, bytes);
     }
     for (; r < rows; r++)
-        for (i64 t = 0; t < tokens; t++) add_tile(below(w, r, ldw), ldw, x + t, r, y + t, from, to, 1, 1, 0, bytes);
+        for (i64 t = 0; t < tokens; t++)
+            add_tile(below(w, r, ldw), ldw, x + t, r, y + t, from, to, 1, 1, 0, 0, bytes);
 }
 
 /* y[t][from..to] += x[t] (rows) times w (rows, ldw): a few rows at a time, so that they are read in memory order
