@@ -122,17 +122,26 @@ class MoEFFN(nn.Module):
         """
         if self.bias_rate == 0.0:
             return
-        load = self.expert_load.to(torch.float32)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(load)
-        mean = load.mean()
-        share = (load / mean.clamp(min=1e-9) + _FLOOR).log()
-        step = self.bias_rate * (share.mean() - share) * (mean > 0)
+        shares = self._shares()
+        share = (shares + _FLOOR).log()
+        step = self.bias_rate * (share.mean() - share) * (shares.sum() > 0)
         self.router_bias += step if self.pace is None else step * self.pace
         if keep:
             self.expert_load.copy_(self.expert_load * keep)
         else:
             self.expert_load.zero_()
+
+    @torch.no_grad()
+    def least_share(self) -> Tensor:
+        """The smallest of the counted loads, over their mean; a scalar."""
+        return self._shares().min()
+
+    def _shares(self) -> Tensor:
+        """Counted loads over their mean, (E,), of all ranks together; zeros without counts."""
+        load = self.expert_load.to(torch.float32)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(load)
+        return load / load.mean().clamp(min=1e-9)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
         """Follow device moves, but keep the bias in at least float32: small steps vanish in bfloat16."""

@@ -161,9 +161,9 @@ class TrainConfig:
         save_every: steps between checkpoints; 0 saves at the end only.
         max_skips: steps in a row whose update may be left out because the loss or a gradient is not finite;
             one more ends the run.
-        balance: batches after the last step on which nothing but the routers' bias is fitted, forward only, at
-            ``model.max_loop_iters`` loops, the depth of use. Many experts need it: a router that still learns, at
-            other depths, never lets the bias come to rest. 0: none.
+        balance: batches at most, after the last step, on which nothing but the routers' bias is fitted and judged,
+            forward only, at ``model.max_loop_iters`` loops, the depth of use. Many experts need it: a router that
+            still learns, at other depths, never lets the bias come to rest. 0: none; otherwise at least 20.
     """
 
     steps: int = 1000
@@ -181,6 +181,8 @@ class TrainConfig:
             whole(f"train.{name}", getattr(self, name), low)
         for name in ("seed", "threads", "save_every", "max_skips", "balance"):
             whole(f"train.{name}", getattr(self, name), 0)
+        if 0 < self.balance < 20:
+            raise error("train.balance", self.balance, "0 or at least 20")
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def router_pace(step: int, steps: int) -> float:
 
 
 def balance_pace(batch: int, batches: int) -> float:
-    """The same at batch 0 … N − 1 of ``train.balance``: from 1 to 1/30, each time by the same factor."""
+    """The same at batch 0 … N − 1 that the bias is fitted to alone: from 1 to 1/30, each time by the same factor."""
     return 30.0 ** (-batch / max(1, batches - 1))
 
 

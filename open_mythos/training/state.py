@@ -77,7 +77,7 @@ class TrainState:
         seconds: time spent training, earlier sessions included.
         skips: steps whose update was left out, because a loss or a gradient was not finite.
         skips_in_row: those of them that nothing has followed.
-        balanced: batches of ``train.balance`` done since the last step.
+        balanced: ``train.balance``, once that was done after the last step.
     """
 
     model: OpenMythos

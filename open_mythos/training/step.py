@@ -28,9 +28,9 @@ from open_mythos.training.state import TrainState
 __all__ = ["Step", "TrainingError"]
 
 
-# Of the loads, from batch to batch of ``train.balance``. One batch alone, whose tokens are much alike, is too noisy for
-# a hundred experts.
-_KEPT = 0.8
+# Balancing: batches that fit the bias, and then judge it; what stays of the loads from batch to batch, since one batch,
+# whose tokens are much alike, is too noisy for a hundred experts; and the smallest share that is even enough.
+_ROUND, _KEPT, _EVEN = 10, 0.8, 0.7
 
 
 class TrainingError(RuntimeError):
@@ -117,23 +117,49 @@ class Step:
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Fit the routers' bias, and nothing else, to the loads of about five batches at the depth of use."""
-        state, model = self.state, self.state.model
-        self.pace.fill_(optim.balance_pace(state.balanced, self.config.train.balance))
-        batch = {
-            key: value.to(self.world.device, non_blocking=True) for key, value in next(state.data).items()
-        }
+        """Fit the routers' bias, and nothing else, to the loads at the depth of use, on ``train.balance`` batches.
+
+        In rounds: some batches to fit it, in ever smaller steps, then as many on which it stands still and is judged
+        by the smallest share that an expert takes. Where many tokens are alike the bias never comes to rest, for they
+        all change experts together, so the best round's is taken; the first that is good enough ends it.
+        """
+        state, model, moes = self.state, self.state.model, self._moes()
+        rounds = max(1, self.config.train.balance // (2 * _ROUND))
+        best: tuple[float, list[Tensor]] = (-1.0, [])
         model.eval()
+        for moe in moes:
+            moe.counting = True
         try:
-            for moe in self._moes():
-                moe.counting = True
-            self.gradients.forward(batch, LoopPlan(0, model.cfg.max_loop_iters))
+            for batch in range(rounds * _ROUND):
+                self.pace.fill_(optim.balance_pace(batch, rounds * _ROUND))
+                self._look()
+                model.update_router_bias(keep=_KEPT)
+                if (batch + 1) % _ROUND:
+                    continue
+                for moe in moes:
+                    moe.expert_load.zero_()
+                for _ in range(_ROUND):
+                    self._look()
+                least = min(float(moe.least_share()) for moe in moes)
+                for moe in moes:
+                    moe.expert_load.zero_()
+                if least > best[0]:
+                    best = least, [moe.router_bias.clone() for moe in moes]
+                if least >= _EVEN:
+                    break
         finally:
-            for moe in self._moes():
+            for moe in moes:
                 moe.counting = False
             model.train()
-        state.balanced += 1
-        model.update_router_bias(keep=_KEPT if state.balanced < self.config.train.balance else 0.0)
+        for moe, bias in zip(moes, best[1], strict=True):
+            moe.router_bias.copy_(bias)
+        state.balanced = self.config.train.balance
+
+    def _look(self) -> None:
+        """Count the loads of the next batch."""
+        batch = next(self.state.data)
+        batch = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
+        self.gradients.forward(batch, LoopPlan(0, self.state.model.cfg.max_loop_iters))
 
     def check(self) -> None:
         """Bring the counts of skipped steps to the host, which waits for the device.

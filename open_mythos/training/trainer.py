@@ -224,10 +224,9 @@ def _run(
         if saving:
             with step.monitor.paused():
                 saver.save(state, config.to_dict())
-    if state.step >= config.train.steps:
-        while state.balanced < config.train.balance:
-            step.balance()
-            state.seconds = before + time.perf_counter() - began
+    if state.step >= config.train.steps and state.balanced < config.train.balance:
+        step.balance()
+        state.seconds = before + time.perf_counter() - began
     saver.save(state, config.to_dict())
 
 

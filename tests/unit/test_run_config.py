@@ -152,6 +152,7 @@ def test_a_new_kind_empties_its_section(smoke: Path, tmp_path: Path):
         ("optim.kind=sgd", "optim.kind = 'sgd' is not allowed: it must be 'adamw' or 'muon'"),
         ("optim.muon_lr=0", "optim.muon_lr = 0 is not allowed: it must be a number above 0"),
         ("train.balance=-1", "train.balance = -1 is not allowed"),
+        ("train.balance=19", "train.balance = 19 is not allowed: it must be 0 or at least 20"),
         ("train.max_skips=-1", "train.max_skips = -1 is not allowed"),
         (
             "parallel.device=tpu",

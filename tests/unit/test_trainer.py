@@ -93,7 +93,7 @@ def test_balance_moves_nothing_but_the_bias_and_evens_the_loads_at_the_depth_of_
 ):
     few = ("train.steps=3", "train.threads=1", "model.router_bias_rate=0.1")
     plain = train(config(root, *few), tmp_path / "plain")
-    even = train(config(root, *few, "train.balance=60"), tmp_path / "even")
+    even = train(config(root, *few, "train.balance=200"), tmp_path / "even")
     before, after = (load_file(out / "model" / "model.safetensors") for out in (plain, even))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"recurrent.block.ffn.{name}" for name in ("router_bias", "expert_load")}
@@ -114,18 +114,18 @@ def test_balance_moves_nothing_but_the_bias_and_evens_the_loads_at_the_depth_of_
 def test_a_run_broken_off_while_it_balances_goes_on_and_a_longer_one_balances_again(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    few = ("train.steps=4", "train.threads=1", "train.balance=3", "train.save_every=2")
+    few = ("train.steps=4", "train.threads=1", "train.balance=20", "train.save_every=2")
     whole = train(config(root, *few), tmp_path / "whole")
-    balance, calls = Step.balance, []
+    look, calls = Step._look, []
 
     def stopped(self: Step) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        balance(self)
+        look(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "balance", stopped)
+        patch.setattr(Step, "_look", stopped)
         with pytest.raises(KeyboardInterrupt):
             train(config(root, *few), tmp_path / "broken")
     assert json.loads((tmp_path / "broken/run.json").read_text())["finished"] is False
@@ -135,16 +135,16 @@ def test_a_run_broken_off_while_it_balances_goes_on_and_a_longer_one_balances_ag
         assert all(torch.equal(one[name], other[name]) for name in one), again
     assert json.loads((broken / "run.json").read_text())["finished"] is True
     longer = train(config(root, *few[1:], "train.steps=6"), broken, resume=True)
-    assert find_checkpoint(longer / "checkpoints").meta["counters"]["balanced"] == 3
+    assert find_checkpoint(longer / "checkpoints").meta["counters"]["balanced"] == 20
     assert json.loads((longer / "run.json").read_text())["steps"] == 6
 
 
 @pytest.mark.parametrize("fixed", ["model.router_bias_rate=0.0", "adapt.kind=lora"])
 def test_a_bias_that_stays_cannot_be_balanced(root: Path, fixed: str):
     with pytest.raises(
-        ConfigError, match=r"train.balance = 5 is not allowed: it must be 0 where the routers' bias"
+        ConfigError, match=r"train.balance = 50 is not allowed: it must be 0 where the routers' bias"
     ):
-        config(root, "train.balance=5", "adapt.start=somewhere" if "lora" in fixed else fixed, fixed)
+        config(root, "train.balance=50", "adapt.start=somewhere" if "lora" in fixed else fixed, fixed)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
