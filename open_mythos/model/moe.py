@@ -108,8 +108,8 @@ class MoEFFN(nn.Module):
         return combine(out, order, inverse, self.topk).to(flat.dtype)
 
     @torch.no_grad()
-    def update_bias(self, keep: float = 0.0) -> None:
-        """Move the bias towards underused experts by the loads counted since the last call, then forget them.
+    def update_bias(self, forget: bool = True) -> None:
+        """Move the bias towards underused experts by the loads counted since it forgot them.
 
         b_i ← b_i + rate · pace · (mean_j log s_j − log s_i), with s_i = load_i / mean load + 0.05. An expert whose
         logits drift ends where its step balances the drift, and the logarithm's step grows, where one in proportion
@@ -118,7 +118,7 @@ class MoEFFN(nn.Module):
         outside every recomputed region.
 
         Args:
-            keep: share of the counts that the next call has to follow as well, for loads that are less noisy.
+            forget: begin to count anew. Otherwise the next call follows these counts as well, which are less noisy.
         """
         if self.bias_rate == 0.0:
             return
@@ -126,9 +126,7 @@ class MoEFFN(nn.Module):
         share = (shares + _FLOOR).log()
         step = self.bias_rate * (share.mean() - share) * (shares.sum() > 0)
         self.router_bias += step if self.pace is None else step * self.pace
-        if keep:
-            self.expert_load.copy_(self.expert_load * keep)
-        else:
+        if forget:
             self.expert_load.zero_()
 
     @torch.no_grad()

@@ -293,15 +293,15 @@ class OpenMythos(nn.Module):
 
         return decode(self, ids, ctx, n_loops)
 
-    def update_router_bias(self, keep: float = 0.0) -> None:
+    def update_router_bias(self, forget: bool = True) -> None:
         """Let the balancing bias follow the loads counted so far; :meth:`forward` calls it while training.
 
         Args:
-            keep: see :meth:`MoEFFN.update_bias`.
+            forget: see :meth:`MoEFFN.update_bias`.
         """
         for module in self.modules():
             if isinstance(module, MoEFFN):
-                module.update_bias(keep)
+                module.update_bias(forget)
 
     def generate(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Continue each row; see :func:`open_mythos.inference.generate.generate` for every argument.

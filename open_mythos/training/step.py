@@ -28,9 +28,8 @@ from open_mythos.training.state import TrainState
 __all__ = ["Step", "TrainingError"]
 
 
-# Balancing: batches that fit the bias, and then judge it; what stays of the loads from batch to batch, since one batch,
-# whose tokens are much alike, is too noisy for a hundred experts; and the smallest share that is even enough.
-_ROUND, _KEPT, _EVEN = 10, 0.8, 0.7
+# Balancing: batches that fit the bias, and then judge it; and the smallest share that is even enough.
+_ROUND, _EVEN = 10, 0.7
 
 
 class TrainingError(RuntimeError):
@@ -119,30 +118,29 @@ class Step:
     def balance(self) -> None:
         """Fit the routers' bias, and nothing else, to the loads at the depth of use, on ``train.balance`` batches.
 
-        In rounds: some batches to fit it, in ever smaller steps, then as many on which it stands still and is judged
-        by the smallest share that an expert takes. Where many tokens are alike the bias never comes to rest, for they
-        all change experts together, so the best round's is taken; the first that is good enough ends it.
+        In rounds: some batches to fit it, in ever smaller steps, each of which follows the loads of the round so far,
+        since one batch, whose tokens are much alike, is too noisy for a hundred experts; then as many on which it
+        stands still and is judged by the smallest share that an expert takes. Where many tokens are alike the bias
+        never comes to rest, for they all change experts together. So the best round's is taken; the first that is
+        good enough ends it.
         """
         state, model, moes = self.state, self.state.model, self._moes()
-        rounds = max(1, self.config.train.balance // (2 * _ROUND))
+        rounds = self.config.train.balance // (2 * _ROUND)
         best: tuple[float, list[Tensor]] = (-1.0, [])
         model.eval()
         for moe in moes:
             moe.counting = True
         try:
-            for batch in range(rounds * _ROUND):
-                self.pace.fill_(optim.balance_pace(batch, rounds * _ROUND))
-                self._look()
-                model.update_router_bias(keep=_KEPT)
-                if (batch + 1) % _ROUND:
-                    continue
-                for moe in moes:
-                    moe.expert_load.zero_()
+            for number in range(rounds):
+                self._forget()
+                for batch in range(_ROUND):
+                    self.pace.fill_(optim.balance_pace(number * _ROUND + batch, rounds * _ROUND))
+                    self._look()
+                    model.update_router_bias(forget=False)
+                self._forget()
                 for _ in range(_ROUND):
                     self._look()
                 least = min(float(moe.least_share()) for moe in moes)
-                for moe in moes:
-                    moe.expert_load.zero_()
                 if least > best[0]:
                     best = least, [moe.router_bias.clone() for moe in moes]
                 if least >= _EVEN:
@@ -151,9 +149,14 @@ class Step:
             for moe in moes:
                 moe.counting = False
             model.train()
+        self._forget()
         for moe, bias in zip(moes, best[1], strict=True):
             moe.router_bias.copy_(bias)
         state.balanced = self.config.train.balance
+
+    def _forget(self) -> None:
+        for moe in self._moes():
+            moe.expert_load.zero_()
 
     def _look(self) -> None:
         """Count the loads of the next batch."""

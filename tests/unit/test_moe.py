@@ -190,8 +190,8 @@ def test_a_step_is_greater_the_less_an_expert_got_and_bounded() -> None:
     moe.update_bias()
     assert torch.equal(moe.router_bias, bias), "no counts, no step"
     moe.expert_load.copy_(torch.tensor([0, 1, 5, 10, 10, 34]))
-    moe.update_bias(keep=0.5)
-    assert moe.expert_load.tolist() == [0, 0, 2, 5, 5, 17]
+    moe.update_bias(forget=False)
+    assert moe.expert_load.tolist() == [0, 1, 5, 10, 10, 34]
 
 
 def test_one_update_is_the_documented_step() -> None:

@@ -108,7 +108,7 @@ def test_balance_moves_nothing_but_the_bias_and_evens_the_loads_at_the_depth_of_
         model = from_pretrained(out / "model").eval()
         found = watch(model, batches, model.cfg.max_loop_iters, padded=True)["loads"]
         loads.append(min(found) * len(found) / sum(found))
-    assert loads[0] < 0.7 < 0.85 < loads[1]
+    assert loads[0] < 0.5 < 0.6 < loads[1]
 
 
 def test_a_run_broken_off_while_it_balances_goes_on_and_a_longer_one_balances_again(
