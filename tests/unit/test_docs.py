@@ -250,6 +250,9 @@ def test_the_readmes_figures_are_those_of_the_result_files() -> None:
         f"three seeds | {_percent(spent['median'], 0)} % of the loops, {_percent(bits['median'] - 1, 2)} % more bits"
         in page
     )
+    experts = _judged("experts", "runs in which every expert takes at least 0.5 × its fair share")
+    assert experts["n"] == 90
+    assert f"six seeds | at worst {experts['min']:.2f};" in page
     long = _judged("parity", "512 bits, best loops")
     assert f"512 bits are read with 256 loops ({_percent(long['median'], 2)} %" in page
     decode = json.loads(read("docs/results/inference_gpu.json"))[-1]
