@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,36 @@ from torch import Tensor
 from open_mythos import OpenMythos, from_pretrained
 from open_mythos.inference.engine import Engine, Request
 from open_mythos.inference.exits import Fixed, Rule, StateChange
+from open_mythos.inference.pages import Layers, PagePool
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 def decode(engine: Engine, ids: Tensor, new: int, loops: int, rule: Rule | None) -> tuple[float, float]:
-    """Milliseconds a step after the first token of prompts (B, S) together, and mean loops of their tokens."""
-    came: list[float] = []
+    """Milliseconds a step of prompts (B, S) together, and mean loops of their tokens.
+
+    Only tokens count that come while all rows decode: prompts under a rule are read one after the other.
+    """
+    came: list[list[float]] = [[] for _ in ids]
+
+    def noting(times: list[float]) -> Callable[[int], None]:
+        return lambda _: times.append(time.perf_counter())
+
     handles = [
-        engine.submit(
-            Request(
-                row, new, loops, temperature=0, exit=rule, on_token=lambda _: came.append(time.perf_counter())
-            )
-        )
-        for row in ids.cpu()
+        engine.submit(Request(row, new, loops, temperature=0, exit=rule, on_token=noting(times)))
+        for row, times in zip(ids.cpu(), came, strict=True)
     ]
     results = [handle.result() for handle in handles]
-    spent = [n for result in results for n in result.loops[1:]]
-    first = came[len(ids) - 1]
-    return 1e3 * (came[-1] - first) / (new - 1), statistics.mean(spent)
+    begin, end = max(times[0] for times in came), min(times[-1] for times in came)
+    spent = [
+        n
+        for result, times in zip(results, came, strict=True)
+        for n, at in zip(result.loops, times[1:], strict=True)
+        if begin < at <= end
+    ]
+    if len(spent) < len(ids) * new // 4:
+        raise SystemExit(f"all rows decoded together for only {len(spent)} tokens: raise --new ({new})")
+    return 1e3 * (end - begin) * len(ids) / len(spent), statistics.mean(spent)
 
 
 def measure(engine: Engine, ids: Tensor, new: int, depth: int, rounds: int) -> list[dict[str, Any]]:
@@ -86,7 +98,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="toy size, on the CPU")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--depths", type=int, nargs="+")
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     gpu = torch.cuda.is_available() and not args.toy
@@ -98,8 +110,13 @@ def main() -> None:
     depths = args.depths or [model.cfg.max_loop_iters, 2 * model.cfg.max_loop_iters]
     print(f"{'batch':>5} {'depth':>5} {'rule':12} {'loops':>6} {'ms/step':>8} {'of ideal':>8}")
     for batch in args.batches:
+        context = plan.prompt + args.new
+        pages = len(Layers(model.cfg.prelude_layers, max(depths), model.cfg.coda_layers).needed(max(depths)))
+        room = (
+            batch * pages * -(-context // 64) * PagePool.page_bytes(model.cfg, 64, model.embed.weight.dtype)
+        )
         with Engine(
-            model, max_rows=batch, max_loops=max(depths), max_context=plan.prompt + args.new
+            model, max_rows=batch, max_loops=max(depths), max_context=context, cache_bytes=room
         ) as engine:
             results.data["runner"] = type(engine.runner).__name__
             for depth in depths:

@@ -85,13 +85,13 @@ class CompiledRunner(GraphRunner):
         return {name: compiling(part, **options) for name, part in parts.items()}
 
     def _whole_prompts(self, chunk: Chunk, parts: dict[str, Any]) -> Tensor | None:
-        model, layers, rows = self.model, self.pool.layers, on_device(chunk.rows, self._rope.device)
-        ids, loops = moved(chunk.ids, self._rope.device), (chunk.most or (chunk.depth.most,))[0]
+        model, layers, rows = self.model, self.pool.layers, on_device(chunk.rows, self.rope.device)
+        ids, loops = moved(chunk.ids, self.rope.device), (chunk.most or (chunk.depth.most,))[0]
         rope, select = model.context(ids).rope, model.cfg.halting == "select" and not chunk.depth.ruled
         e, entries = parts["prelude"](ids, rope)
         self._keep(rows, [layers.of_prelude(i) for i in range(layers.prelude)], entries)
         h = out = model.initial_state(e)
-        mass = torch.ones(ids.shape, dtype=self._rope.dtype, device=ids.device)
+        mass = torch.ones(ids.shape, dtype=self.rope.dtype, device=ids.device)
         for t, index in enumerate(torch.arange(loops, device=ids.device)):
             h, out, mass, entries = parts["loop"](h, e, index, rope, out, mass, select)
             self._keep(rows, [layers.of_loop(t)], entries)

@@ -10,8 +10,8 @@ Shape letters: R rows of the engine, N entries of a graph, D model width, H head
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from open_mythos.capture import capturing
+from open_mythos.inference.device_rows import DeviceRows
 from open_mythos.inference.exit_rules import Rule, StateChange
 from open_mythos.inference.graph_room import Room, injection_of
 from open_mythos.inference.graph_serves import unserved, unserved_config
@@ -32,7 +34,7 @@ from open_mythos.model.decode import replaced_method
 from open_mythos.model.transformer import evaluating
 from open_mythos.model.watch import Watch
 from open_mythos.rows.launch import TritonRows
-from open_mythos.rows.plain import Entries, Exits, Pages, PlainRows, wide
+from open_mythos.rows.plain import Asks, Entries, Exits, Pages, PlainRows, wide
 
 __all__ = ["GraphRunner"]
 
@@ -71,7 +73,7 @@ class GraphRunner(PlainRunner):
         exponent = torch.arange(0, width, 2, device=weight.device, dtype=wide(weight.dtype)) / width
         self._inverse = cfg.rope_theta**-exponent
         # Also for rows in the middle of a token when the model has changed.
-        self._rope = exponent.new_zeros(len(state.ids), width)
+        self.rope = exponent.new_zeros(len(state.ids), width)
         with evaluating(model):
             self.refresh()
 
@@ -91,17 +93,17 @@ class GraphRunner(PlainRunner):
         rows, device = len(state.ids), state.ids.device
         if device.type == "cuda":
             torch.cuda.synchronize()  # prompts that are on their way need what is replaced here
-        self._z = self._rope.new_zeros(rows, model.cfg.dim)
+        self._z = self.rope.new_zeros(rows, model.cfg.dim)
         self._injection = injection_of(model, state)
         self._buckets = [1]
         while self._buckets[-1] < rows:
             self._buckets.append(2 * self._buckets[-1])
-        self._ops: Any = TritonRows(most=self._buckets[-1]) if self._given is None else self._given
+        self.ops: Any = TritonRows(most=self._buckets[-1]) if self._given is None else self._given
         self._whole = Room(model, self._buckets[-1])
         self._tables = {
             n: torch.full((4, width_of(n)), -1, dtype=torch.int32, device=device) for n in self._buckets
         }
-        self._asking = Asking(self._buckets[-1], self._rope.dtype, device)
+        self._asking = Asking(self._buckets[-1], self.rope.dtype, device)
         self._shown: dict[int, Tensor] = {}
         self._next: dict[int, int] = {}  # loop for which each row's input has been prepared
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
@@ -112,6 +114,7 @@ class GraphRunner(PlainRunner):
             torch.cuda.Stream() if device.type == "cuda" else None for _ in range(2)
         )
         self._prompts = PromptGraphs(model, self.pool, capture=device.type == "cuda")
+        self._device_rows: DeviceRows | None = None
 
     # What a runner does.
 
@@ -168,21 +171,22 @@ class GraphRunner(PlainRunner):
 
     def _several(self, name: str, batch: Batch, times: Sequence[int], gone: bool = False) -> Tensor:
         """Do this work on a block of columns for each loop; returns the table."""
-        most, bucket = max(times), self._bucket(len(times))
+        most, bucket = max(times), self.bucket(len(times))
         width, key = width_of(bucket), (name, most)
         if (key, bucket) not in self._strides:
             columns = (most + gone) * width
-            blank = torch.full((4, columns), -1, dtype=torch.int32, device=self._rope.device)
+            blank = torch.full((4, columns), -1, dtype=torch.int32, device=self.rope.device)
             self._strides[key, bucket] = blank
         table = self._strides[key, bucket]
         table.copy_(several_of(batch, times, width, gone), non_blocking=True)
-        work: Callable[..., None] = getattr(self, f"_do_{name}")
-        self._replay((key, bucket), partial(work, table, most, width, bucket), table)
+        work: Callable[..., None] = getattr(self, f"do_{name}")
+        self.replay((key, bucket), partial(work, table, most, width, bucket), table)
         return table
 
-    def _do_loops(self, table: Tensor, count: int, each: int, bucket: int) -> None:
+    def do_loops(self, table: Tensor, count: int, each: int, bucket: int) -> None:
+        """Several loops, each of its block of columns."""
         for i in range(count):
-            self._do_loop(entries_of(table[:, i * each :][:, :bucket]))
+            self.do_loop(entries_of(table[:, i * each :][:, :bucket]))
 
     def asks(self, rule: Rule) -> bool:
         """One that compares states."""
@@ -216,21 +220,23 @@ class GraphRunner(PlainRunner):
             [most if rule else 0 for rule, most in zip(asked, batch.most, strict=True)],
         )
         table, n = self._several(name, batch, times, gone=True), len(times)
-        return table[2, -width_of(self._bucket(n)) :][:n]
+        return table[2, -width_of(self.bucket(n)) :][:n]
 
-    def _do_under(self, table: Tensor, count: int, width: int, bucket: int) -> None:
+    def do_under(self, table: Tensor, count: int, width: int, bucket: int) -> None:
+        """The same, of which rules may leave out some; the last block is those who leave."""
         parts = [table[:, i * width :][:, :bucket] for i in range(count + 1)]
         *loops, gone = [entries_of(part, thin=True) for part in parts]
         asks, rows = self._asking.of(bucket), table[0].view(count + 1, width)[:, :bucket]
         for i, entries in enumerate(loops):
-            self._do_loop(entries, Exits(asks, gone, rows[i + 1 : count]))
-        self._do_leave(gone)
+            self.do_loop(entries, Exits(asks, gone, rows[i + 1 : count]))
+        self.do_leave(gone)
 
-    def _do_token_under(self, table: Tensor, count: int, width: int, bucket: int) -> None:
+    def do_token_under(self, table: Tensor, count: int, width: int, bucket: int) -> None:
+        """A whole token, likewise."""
         begun = entries_of(table[:, :bucket])
-        self._do_prelude(begun)
-        self._do_under(table, count, width, bucket)
-        self._do_coda(begun)  # whoever left is no entry of later loops only
+        self.do_prelude(begun)
+        self.do_under(table, count, width, bucket)
+        self.do_coda(begun)  # whoever left is no entry of later loops only
 
     def coda(self, batch: Batch) -> Tensor:
         """As :meth:`PlainRunner.coda`; the logits are float32, in a buffer that the next call reuses."""
@@ -286,32 +292,33 @@ class GraphRunner(PlainRunner):
         if table is None:
             columns = wide + (drafts + 1) * each
             table = self._rounds[key] = torch.full(
-                (4, columns), -1, dtype=torch.int32, device=self._rope.device
+                (4, columns), -1, dtype=torch.int32, device=self.rope.device
             )
         table.copy_(round_of(batch, drafts, loops, wide, each), non_blocking=True)
 
         def work() -> None:
             parts = [table[:, wide + i * each :][:, :count] for i in range(drafts + 1)]
-            self._do_round(table[:, : len(batch.rows)], parts, loops, most)
+            self.do_round(table[:, : len(batch.rows)], parts, loops, most)
 
-        self._replay(key, work, table)
+        self.replay(key, work, table)
         self._next.update(dict.fromkeys(batch.rows, most))
         return self._whole.logits[: len(batch.rows)]
 
-    def _do_round(self, check: Tensor, parts: Sequence[Tensor], loops: int, most: int) -> None:
+    def do_round(self, check: Tensor, parts: Sequence[Tensor], loops: int, most: int) -> None:
+        """Drafts and their check."""
         ids = self.state.ids
         for i, part in enumerate(parts):
             entries = entries_of(part)
-            self._do_prelude(entries)
+            self.do_prelude(entries)
             if i + 1 == len(parts):
                 for _ in range(loops):
-                    self._do_loop(entries)
+                    self.do_loop(entries)
                 break
-            self._do_rest(entries, loops)
+            self.do_rest(entries, loops)
             tokens, rows = self._whole.logits[: part.shape[1]].argmax(-1), parts[i + 1][0].long()
             into = rows.clamp(min=0)  # fill, which stands for nobody
             ids[into] = torch.where(rows < 0, ids[into], tokens)
-        self._do_rest(entries_of(check), most - loops)
+        self.do_rest(entries_of(check), most - loops)
 
     def leave(self, batch: Batch, probed: Sequence[int | None], probes: Sequence[Sequence[int]]) -> None:
         """As :meth:`PlainRunner.leave`; in the modules where a rule has decoded."""
@@ -323,20 +330,21 @@ class GraphRunner(PlainRunner):
         self._run("leave", batch)
         return None
 
-    def _do_leave(self, entries: Entries) -> None:
+    def do_leave(self, entries: Entries, asks: Asks | None = None) -> None:
         """Show what the next loop would show, and deeper ones the same."""
         looped = not self.pool.layers.shared
         pages = self._pages(self.pool.layers.of_loop(0), looped=looped)
         self._shown_by(entries, self.model.recurrent.block, self._injection.x, pages)
         if looped:
-            self._ops.spread(entries, self._asking.of(len(entries.rows)), pages, self.pool.layers.loops)
+            asks = self._asking.of(len(entries.rows)) if asks is None else asks
+            self.ops.spread(entries, asks, pages, self.pool.layers.loops)
 
     # How.
 
     def _run(self, what: Any, batch: Batch, loops: Sequence[int] | None = None) -> None:
         """Show the device the batch and launch the work."""
         count = len(batch.rows)
-        bucket = self._bucket(count)
+        bucket = self.bucket(count)
         wanted = torch.full(self._tables[bucket].shape, -1, dtype=torch.int32)
         wanted[:, :count] = table_of(batch, loops)
         shown = self._shown.get(bucket)
@@ -349,16 +357,17 @@ class GraphRunner(PlainRunner):
 
     def _launch(self, what: Any, bucket: int) -> None:
         name, *rest = (what,) if isinstance(what, str) else what
-        work: Callable[..., None] = getattr(self, f"_do_{name}")
+        work: Callable[..., None] = getattr(self, f"do_{name}")
         table = self._tables[bucket]
-        self._replay((what, bucket), lambda: work(entries_of(table[:, :bucket]), *rest), table)
+        self.replay((what, bucket), lambda: work(entries_of(table[:, :bucket]), *rest), table)
 
-    def _bucket(self, count: int) -> int:
+    def bucket(self, count: int) -> int:
+        """Entries of the graph for so many rows."""
         return next(n for n in self._buckets if n >= count)
 
-    def _replay(self, key: Any, work: Callable[[], None], table: Tensor) -> None:
+    def replay(self, key: Any, work: Callable[[], None], table: Tensor) -> None:
         """Do this work on what the table shows, from a graph; it is called, and captured, only the first time."""
-        if isinstance(self._ops, PlainRows):
+        if isinstance(self.ops, PlainRows):
             work()
             return
         if key not in self._graphs:
@@ -374,7 +383,7 @@ class GraphRunner(PlainRunner):
             work()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory):
+            with capturing(graph, self._memory):
                 work()
         finally:
             table.copy_(kept)  # also for whoever tries again, who takes these rows for shown
@@ -384,36 +393,69 @@ class GraphRunner(PlainRunner):
             oldest, _ = self._graphs.popitem(last=False)
             self._rounds.pop(oldest, None)
 
+    def device_rows(self) -> DeviceRows | None:
+        """As :meth:`PlainRunner.device_rows`."""
+        if self.reason is not None:
+            return None
+        if self._device_rows is None:
+            self._device_rows = DeviceRows(self)
+        return self._device_rows
+
+    def hand_over(self, batch: Batch) -> None:
+        """As :meth:`PlainRunner.hand_over`."""
+        self._catch_up(batch)
+        for row in batch.rows:
+            self._next.pop(row, None)  # only the device knows
+
+    @contextmanager
+    def branch(self, stream: torch.cuda.Stream | None, ops: Any, room: Room) -> Iterator[None]:
+        """Work within has memory of its own, and this stream; what comes later need not wait for it. None: in line."""
+        kept = self.ops, self._whole
+        self.ops, self._whole = ops, room
+        try:
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                yield
+        finally:
+            self.ops, self._whole = kept
+
     def _beside(self) -> AbstractContextManager[Any]:
-        """A branch of the graph that need not wait for what comes before :meth:`_join`."""
+        """A branch of the graph that need not wait for what comes before :meth:`join`."""
         if self._side is None or not self.fork:
             return nullcontext()
         self._side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._side)
 
-    def _join(self) -> None:
-        if self._side is not None and self.fork:
-            torch.cuda.current_stream().wait_stream(self._side)
+    @staticmethod
+    def join(stream: torch.cuda.Stream | None) -> None:
+        """Wait for a branch."""
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
 
-    def _do_enter(self, entries: Entries) -> None:
-        self._do_embed(entries)  # for the rotation; nobody reads z now
-        self._ops.enter(entries, self._injection)
+    def do_enter(self, entries: Entries) -> None:
+        """Read the states of these as they are."""
+        self.do_embed(entries)  # for the rotation; nobody reads z now
+        self.ops.enter(entries, self._injection)
 
-    def _do_embed(self, entries: Entries) -> None:
+    def do_embed(self, entries: Entries) -> None:
+        """Embedding and rotation of new tokens."""
         model, weight = self.model, self.model.embed.weight
         scale = model.cfg.dim**0.5 if model.cfg.init == "scaled" else 1.0
-        self._ops.embed(entries, self.state.ids, weight, scale, self._inverse, self._rope, self._z)
+        self.ops.embed(entries, self.state.ids, weight, scale, self._inverse, self.rope, self._z)
 
-    def _do_prelude(self, entries: Entries) -> None:
-        model, ops = self.model, self._ops
-        self._do_embed(entries)
+    def do_prelude(self, entries: Entries) -> None:
+        """Begin a token."""
+        model, ops = self.model, self.ops
+        self.do_embed(entries)
         for i, block in enumerate(model.prelude_layers):
             self._dense(entries, block, self.pool.layers.of_prelude(i))
         ops.enter(entries, self._injection, self._z)
 
-    def _do_loop(self, entries: Entries, exits: Exits | None = None) -> None:
+    def do_loop(self, entries: Entries, exits: Exits | None = None) -> None:
+        """One loop."""
         block: Any = self.model.recurrent.block
-        room, ops, count, eps = self._whole, self._ops, len(entries.rows), self.model.cfg.norm_eps
+        room, ops, count, eps = self._whole, self.ops, len(entries.rows), self.model.cfg.norm_eps
         layers = self.pool.layers
         pages = self._pages(layers.of_loop(0), looped=not layers.shared)
         inner = self._attention(entries, block, self._injection.x, pages)
@@ -431,26 +473,30 @@ class GraphRunner(PlainRunner):
         slots = room.slots[: count * k]
         ops.experts(inner, gain, moe.w_in, moe.w_out, chosen, weights, room.hidden[: count * k], slots, eps)
         if shared is not None:
-            self._join()
+            self.join(self._side if self.fork else None)
         ops.advance(entries, self._injection, inner, shared, slots, exits)
 
-    def _do_coda(self, entries: Entries) -> None:
-        model, ops = self.model, self._ops
+    def do_coda(self, entries: Entries) -> Tensor:
+        """Logits (N, V) of tokens whose loops are done, in a buffer that is used again."""
+        model, ops = self.model, self.ops
         ops.lift(entries, self._injection.chosen, self._z)
         for i, block in enumerate(model.coda_layers):
             self._dense(entries, block, self.pool.layers.of_coda(i))
         logits = self._whole.logits[: len(entries.rows)]
         eps = model.cfg.norm_eps
         ops.linear(entries, self._z, (model.head.weight,), logits, gain=model.norm.weight, eps=eps, maps="a")
+        return logits
 
-    def _do_token(self, entries: Entries, loops: int) -> None:
-        self._do_prelude(entries)
-        self._do_rest(entries, loops)
+    def do_token(self, entries: Entries, loops: int) -> None:
+        """A whole token."""
+        self.do_prelude(entries)
+        self.do_rest(entries, loops)
 
-    def _do_rest(self, entries: Entries, loops: int) -> None:
+    def do_rest(self, entries: Entries, loops: int) -> None:
+        """So many loops, and the coda."""
         for _ in range(loops):
-            self._do_loop(entries)
-        self._do_coda(entries)
+            self.do_loop(entries)
+        self.do_coda(entries)
 
     def _pages(self, layer: int, looped: bool = False) -> Pages:
         tensors = list(self.pool.tensors.values())
@@ -463,13 +509,13 @@ class GraphRunner(PlainRunner):
             self._attention(entries, block, self._z, self._pages(layer)),
             self._whole.dense[:count],
         )
-        gain, ops = block.ffn_norm.weight, self._ops
+        gain, ops = block.ffn_norm.weight, self.ops
         ops.linear(entries, inner, (block.ffn.gate_up.weight,), hidden, gain=gain, eps=eps, gated=True)
         ops.linear(entries, hidden, (block.ffn.down.weight,), self._z, add=inner, maps="o")
 
     def _attention(self, entries: Entries, block: Any, x: Tensor, pages: Pages) -> Tensor:
         """X + attention(norm(x)), (N, D), of persistent rows x."""
-        room, ops, count = self._whole, self._ops, len(entries.rows)
+        room, ops, count = self._whole, self.ops, len(entries.rows)
         mixed, inner, attn = room.mixed[:count], room.inner[:count], block.attn
         q = self._shown_by(entries, block, x, pages)
         if self.model.cfg.attn_type == "mla":
@@ -481,16 +527,16 @@ class GraphRunner(PlainRunner):
 
     def _shown_by(self, entries: Entries, block: Any, x: Tensor, pages: Pages) -> Tensor:
         """Queries (N, H, …) of persistent rows x; what later tokens see of them goes to their pages."""
-        room, ops, count, eps = self._whole, self._ops, len(entries.rows), self.model.cfg.norm_eps
+        room, ops, count, eps = self._whole, self.ops, len(entries.rows), self.model.cfg.norm_eps
         low, q, attn, gain = room.low[:count], room.q[:count], block.attn, block.attn_norm.weight
         if self.model.cfg.attn_type == "mla":
             downs, up = (attn.q_down.weight, attn.kv_down.weight), attn.kv_up.weight
             ops.linear(entries, x, downs, low, gain=gain, eps=eps, maps="a")
             gains = attn.q_norm.weight, attn.kv_norm.weight
-            ops.queries(entries, low, *gains, attn.q_up.weight, up, self._rope, pages, q, attn.nope_dim, eps)
+            ops.queries(entries, low, *gains, attn.q_up.weight, up, self.rope, pages, q, attn.nope_dim, eps)
         else:
             weights = attn.wq.weight, attn.wk.weight, attn.wv.weight
             ops.linear(entries, x, weights, low, gain=gain, eps=eps, maps="a")
             gains = (None, None) if attn.q_norm is None else (attn.q_norm.weight, attn.k_norm.weight)
-            ops.heads(entries, low, *gains, self._rope, pages, q, eps)
+            ops.heads(entries, low, *gains, self.rope, pages, q, eps)
         return q

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.capture import capturing
 from open_mythos.inference.pages import PagePool, moved
 from open_mythos.inference.runner import Chunk
 from open_mythos.model import OpenMythos
@@ -102,7 +103,7 @@ class PromptGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # One after the other, on one stream, these graphs may share what memory they need between two kernels.
-        with torch.cuda.graph(graph, pool=self._memory):
+        with capturing(graph, self._memory):
             work()
         self._memory = graph.pool()
         replay: Callable[[], None] = graph.replay

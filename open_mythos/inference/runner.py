@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from open_mythos.inference.requests import Depth
 from open_mythos.model import LastLoop, OpenMythos
 from open_mythos.model.attention import SequenceContext
 from open_mythos.model.recurrence import HaltingWeights
+
+if TYPE_CHECKING:
+    from open_mythos.inference.device_rows import DeviceRows
 
 __all__ = ["STRIDE", "Batch", "Chunk", "PlainRunner", "RowState", "Runner"]
 
@@ -176,6 +179,14 @@ class Runner(Protocol):
         """Logits (n, V) as an exit rule asks for them."""
         ...
 
+    def device_rows(self) -> DeviceRows | None:
+        """Where rows go on without the host, or None where that is not served now."""
+        ...
+
+    def hand_over(self, batch: Batch) -> None:
+        """Rows go on there."""
+        ...
+
     def leave(self, batch: Batch, probed: Sequence[int | None], probes: Sequence[Sequence[int]]) -> None:
         """Show deeper loops what leaving tokens show."""
         ...
@@ -232,6 +243,14 @@ class PlainRunner:
             that were fed with them.
         """
         return None
+
+    def device_rows(self) -> DeviceRows | None:
+        """Not served: rows that go on without the host; another one when the model has changed."""
+        return None
+
+    def hand_over(self, batch: Batch) -> None:
+        """Not served: these rows, whose tokens have begun, go on without the host."""
+        raise NotImplementedError("rows of this runner need the host")
 
     def prefill(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
         """Compute a chunk of prompts, whose keys and values then are in the pool.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from open_mythos.inference.speculative import accept_drawn, accept_likeliest
 __all__ = [
     "Lane",
     "Late",
+    "Numbers",
     "Running",
     "Stats",
     "batch_of",
@@ -191,49 +193,73 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Late:
-    """Tokens on their way to the host.
+class Numbers:
+    """Whole numbers on their way to the host.
 
     Attributes:
-        runs: whose they are.
-        loops: spent by the new token before each; None before the first.
-        tokens: (n,), on the host once ``event`` has come.
-        left: (n,) likewise, loops after which those new tokens left, below zero where ``loops`` has them; or None.
+        numbers: on the host once ``event`` has come.
         event: None: they are there.
     """
 
-    runs: list[Running]
-    loops: list[int | None]
-    tokens: Tensor
-    left: Tensor | None
+    numbers: Tensor
     event: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, runs: list[Running], loops: list[int | None], tokens: Tensor, left: Tensor | None) -> Late:
-        """Send them."""
-        numbers = tokens if left is None else torch.cat((tokens, left.to(tokens.dtype)))
-        event = None
-        if numbers.is_cuda:
-            # Pinned, or the copy would wait for all that the device has to do.
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
-            numbers = host.copy_(numbers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        n = len(runs)
-        return cls(runs, loops, numbers[:n], None if left is None else numbers[n:], event)
+    def of(cls, numbers: Tensor) -> Numbers:
+        """Send them; what is written there later does not matter."""
+        if not numbers.is_cuda:
+            return cls(numbers.clone(), None)
+        # Pinned, or the copy would wait for all that the device has to do.
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return cls(host, event)
 
     def ready(self) -> bool:
         """Whether reading them is no waiting."""
         return self.event is None or self.event.query()
 
-    def read(self) -> list[tuple[Running, int | None, int]]:
-        """Each with the loops of the new token before it, and the token."""
+    def read(self) -> list[Any]:
+        """As lists."""
         if self.event is not None:
             self.event.synchronize()
-        loops = self.loops
-        if self.left is not None:
-            loops = [most if end < 0 else end for most, end in zip(loops, self.left.tolist(), strict=True)]
-        return list(zip(self.runs, loops, self.tokens.tolist(), strict=True))
+        found: list[Any] = self.numbers.tolist()
+        return found
+
+
+@dataclass(frozen=True)
+class Late:
+    """Tokens on their way to the host.
+
+    Attributes:
+        runs: n, whose they are.
+        loops: spent by the new token before each; None before the first.
+        left: whether the device says after how many loops those new tokens left.
+        numbers: (n,) tokens, or (2 n,) with those loops, which are below zero where ``loops`` has them.
+    """
+
+    runs: list[Running]
+    loops: list[int | None]
+    left: bool
+    numbers: Numbers
+
+    @classmethod
+    def of(cls, runs: list[Running], loops: list[int | None], tokens: Tensor, left: Tensor | None) -> Late:
+        """Send them."""
+        numbers = tokens if left is None else torch.cat((tokens, left.to(tokens.dtype)))
+        return cls(runs, loops, left is not None, Numbers.of(numbers))
+
+    def ready(self) -> bool:
+        """Whether reading them is no waiting."""
+        return self.numbers.ready()
+
+    def read(self) -> list[tuple[Running, int | None, int]]:
+        """Each with the loops of the new token before it, and the token."""
+        found, loops, n = self.numbers.read(), self.loops, len(self.runs)
+        if self.left:
+            loops = [most if end < 0 else end for most, end in zip(loops, found[n:], strict=True)]
+        return list(zip(self.runs, loops, found[:n], strict=True))
 
 
 def drawn(state: RowState, lanes: list[Lane], logits: Tensor, left: Tensor | None) -> Late | None:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from open_mythos.inference.cycles import Cycles
 from open_mythos.inference.intake import Intake
 from open_mythos.inference.pages import PagePool, on_device
 from open_mythos.inference.row_exits import answer, asked_together
@@ -92,6 +93,7 @@ class Scheduler(Intake):
         self._owed = 0  # ticks, before the next chunk
         self._since_coda = 0
         self._told: set[type[Exception]] = set()
+        self._cycles = Cycles(runner, self.stats, self._cycled)
 
     # A turn.
 
@@ -154,7 +156,8 @@ class Scheduler(Intake):
             return together
         uneven = self.runner.ragged and self.model.cfg.halting in ("select", "off") and not self._alone
         longest = stop - start
-        for run in reading[1:]:
+        # They run as many loops as the deepest, so those of about the same depth.
+        for run in sorted(reading[1:], key=lambda run: abs(run.depth.most - first.depth.most)):
             begin, end = piece_of(run, self._chunk)
             alike = (begin, end, run.depth) == (start, stop, first.depth)
             fits = run.depth.rule is None and run.depth.ruled == first.depth.ruled
@@ -168,10 +171,11 @@ class Scheduler(Intake):
     # Tokens.
 
     def _tick(self) -> None:
-        active = [lane for run in self._running if run.decodes for lane in run.active]
-        active.sort(
-            key=lambda lane: lane.row
-        )  # runners are promised rising rows; lanes of requests may interleave
+        active = self._active()
+        if self._cycling(active):
+            self._cycle(active)
+            return
+        active = self._active()
         lanes = self._alone_at_once(self._at_once(self._rounds(active)))
         if not lanes:
             return
@@ -185,6 +189,41 @@ class Scheduler(Intake):
         self._ask([lane for lane in moved if self._asked_here(lane) and not lane.done])
         self._since_coda += times
         self._codas()
+
+    def _active(self) -> list[Lane]:
+        """Lanes that compute. Runners are promised rising rows, and lanes of requests may interleave."""
+        lanes = [lane for run in self._running if run.decodes for lane in run.active]
+        lanes.sort(key=lambda lane: lane.row)
+        return lanes
+
+    def _cycling(self, lanes: list[Lane]) -> bool:
+        """Whether these go on by themselves. If not, nobody does afterwards, and lanes are as far as they are."""
+        if self._alone or not lanes:
+            return False
+        alike = lanes[0].rule is None and len({(lane.loops, lane.goal, lane.rule) for lane in lanes}) == 1
+        if alike and not self._cycles.busy:
+            return False
+        return self._cycles.takes(lanes)
+
+    def _cycle(self, lanes: list[Lane]) -> None:
+        self._each([lane for lane in self._cycles.new(lanes) if not lane.begun], self._begin)
+        lanes = [lane for lane in lanes if not lane.run.handle.done]
+        if not lanes:
+            return
+        try:
+            times = self._cycles.step(lanes, self._coda_every)
+        except Exception as error:
+            self._cycles.give_up(error)
+            return
+        self.stats.ticks += times
+        self.stats.codas += 1
+        self._owed -= times
+
+    def _cycled(self, run: Running, token: int) -> None:
+        """Hand out a token, after those that came before it."""
+        while any(run in late.runs for late in self._late):
+            self._hand_over(self._late.popleft())
+        self._hand_out(run, token)
 
     def _stride(self, lanes: list[Lane], count: int) -> int:
         """Loops that these lanes, of so many that are active, run before somebody is asked or decoded: 1, 2, 4, …"""
@@ -424,7 +463,7 @@ class Scheduler(Intake):
 
     def _hand_over(self, late: Late) -> None:
         for run, loops, token in late.read():
-            if loops is not None and late.left is not None:
+            if loops is not None and late.left:
                 self.stats.row_loops += loops
             if run.handle.done:
                 continue

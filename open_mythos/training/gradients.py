@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_mythos.capture import capturing
 from open_mythos.training.acceleration import lowered
 from open_mythos.training.loops import LoopPlan
 from open_mythos.training.objective import Objective
@@ -255,7 +256,6 @@ class Gradients:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: NCCL's watchdog may ask the device something meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with capturing(graph, self._pool):  # NCCL's watchdog may ask the device something meanwhile
             held = work(inputs)
         return _Captured(graph, held[0] if isinstance(held[0], Tensor) else None, held)

@@ -441,7 +441,7 @@ def test_several_loops_of_a_graph_are_those_of_many_to_the_bit(attn_type: str) -
 
 
 # Widths that a grouped product takes in bfloat16.
-ALIGNED = {"dim": 64, "expert_dim": 32, "max_seq_len": 256}
+ALIGNED = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "expert_dim": 32, "max_seq_len": 256}
 
 
 @pytest.mark.gpu
