@@ -1,9 +1,10 @@
 """Exit rules on a GPU or CPU: does the time of decoding fall as the loops do?
 
 Decodes the same text under a rule and at full depth with the engine's fastest runner, turn by turn, at several
-tolerances, batch sizes and depths. What can be saved is the time of loops: the ideal of a rule is the time of the same
-engine at full depth minus the saved loops times what one more loop costs there, which is measured too (a straight line
-through several depths). The share of the ideal is the time saved over that.
+tolerances, batch sizes and depths. What can be saved is the time of loops: the ideal of a rule is the saved loops times
+what one more loop costs in the same engine, from half the depth to full depth or from one loop, whichever is more (few
+loops may take the host longer than the GPU, which would make the ideal look small). The share of the ideal is the time
+saved over that.
 
 Without --model a byte model is trained first, as for benchmarks/speculation.py.
 
@@ -76,7 +77,8 @@ def measure(engine: Engine, ids: Tensor, new: int, depth: int, rounds: int) -> l
             if turn:  # the first captures
                 times[name].append(took)
     ms = {name: statistics.median(values) for name, values in times.items()}
-    full, slope = ms[f"{depth} loops"], (ms[f"{depth} loops"] - ms["1 loops"]) / (depth - 1)
+    full = ms[f"{depth} loops"]
+    slope = max((full - ms[f"{n} loops"]) / (depth - n) for n in {1, depth // 2})
     rows = []
     for name in rules:
         ideal = slope * (depth - loops[name])

@@ -34,16 +34,17 @@ TABLE = {
     "kernels": Row(packages="torch"),
     "kernels_gpu": Row(packages="torch triton"),
     "rows": Row(packages="torch triton"),
+    "capture": Row(packages="torch"),
     "model": Row("config expert_ops kernels ops", "torch"),
     "main": Row("config model ops", "torch"),
     "tokenizer": Row("config", "tokenizers transformers"),
     "weights": Row("config model", "numpy safetensors torch"),
     "tasks": Row("config", "torch"),
     "training": Row(
-        "accounting config model tasks tokenizer variants weights",
+        "accounting capture config model tasks tokenizer variants weights",
         "datasets numpy pyarrow rich safetensors tomli torch trackio wandb",
     ),
-    "inference": Row("config model rows tokenizer weights", "numpy torch"),
+    "inference": Row("capture config model rows tokenizer weights", "numpy torch"),
     "analysis": Row("accounting config inference model tasks tokenizer weights", "matplotlib numpy torch"),
     "reproduce": Row(
         "__init__ accounting analysis config inference kernels main model ops tables tasks tokenizer training "
