@@ -135,9 +135,18 @@ def _section(result: Record, folder: Path) -> str:
     if result["notes"]:
         lines.append(f"{result['notes']}\n")
     lines += [f"- failed: {f['arm']}, seed {f['seed']}: {f['error']}" for f in result["failed"]]
-    where = f"{', '.join(result['devices'])}; torch {', '.join(result['torch'])}"
+    where = f"{', '.join(result['devices'])}; torch {', '.join(result['torch'])}{_pythons(result['runs'])}"
     lines.append(f"Repeat: `{result['command']}`. Made on {result['date']}: {where}. {_arms(result)}")
     return "\n".join(lines)
+
+
+def _pythons(runs: list[Record]) -> str:
+    """Versions of Python and how many runs had each: some experiments learn the text that comes with it."""
+    counts = Counter(record.get("python", "not noted") for record in runs)
+    if not counts or set(counts) == {"not noted"}:
+        return ""
+    names = [f"{version} ({count} run{'s' * (count > 1)})" for version, count in sorted(counts.items())]
+    return f"; Python {', '.join(names)}"
 
 
 def _reservations(result: Record) -> str:

@@ -65,6 +65,15 @@ def result(folder: Path, records: list[dict[str, Any]] = RECORDS, **asked: Any) 
     return made
 
 
+def test_a_page_says_which_pythons_the_runs_had(tmp_path: Path) -> None:
+    """Some experiments learn the text that comes with it."""
+    older = [each | {"python": "3.11.7"} for each in RECORDS[:1]]
+    newer = [each | {"python": "3.12.3"} for each in RECORDS[1:3]]
+    result(tmp_path, [*older, *newer, *RECORDS[3:]])
+    text = pages.page(results.read_all(tmp_path / "results"), Path())
+    assert "torch 2.13.0; Python 3.11.7 (1 run), 3.12.3 (2 runs), not noted (2 runs). " in text
+
+
 def test_page_and_figures_come_from_the_result_file_alone(tmp_path: Path) -> None:
     made = result(tmp_path)
     out = tmp_path / "results"
