@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_mythos.inference.device_rows import DeviceRows
+from open_mythos.inference.device_rows import Cycle, DeviceRows
 from open_mythos.inference.running import Lane, Numbers, Running, Stats, batch_of
 from open_mythos.rows.turns import NONE
 
@@ -42,12 +42,14 @@ class Cycles:
     Args:
         runner: who may have :class:`DeviceRows`.
         stats: counted in.
-        hand_out: takes a request and its new token, below zero if its logits were not finite.
+        hand_out: takes a request, its new token, below zero if its logits were not finite, and the loops before it.
+            Returns whether the request was still waiting for it.
     """
 
-    def __init__(self, runner: Any, stats: Stats, hand_out: Callable[[Running, int], None]) -> None:
+    def __init__(self, runner: Any, stats: Stats, hand_out: Callable[[Running, int, int], bool]) -> None:
         self._runner, self._stats, self._hand_out = runner, stats, hand_out
         self._runs: dict[int, Running] = {}
+        self._counted: dict[Running, int] = {}  # loops of its token that were counted before it came
         self._told: deque[_Told] = deque()
         self._spent = 0.0  # loops of a token, of late
         self._rows: DeviceRows | None = None
@@ -60,18 +62,22 @@ class Cycles:
 
     def takes(self, lanes: Sequence[Lane]) -> bool:
         """Whether all of these may go on by themselves. If not, or if the model has changed, nobody is left there."""
-        rows = None if self._broken else self._runner.device_rows()
+        rows = self._device_rows()
         fits = rows is not None and all(self._takes(lane) for lane in lanes)
         if not fits or rows is not self._rows:
             self.leave()
         self._rows = rows
         return fits
 
-    def give_up(self, error: Exception) -> None:
-        """A cycle failed; from here on all go as the host says."""
-        _log.warning("rows do not go on by themselves any more: %r", error)
-        self._broken = True
-        self.leave()
+    def _device_rows(self) -> DeviceRows | None:
+        if self._broken:
+            return None
+        try:
+            found: DeviceRows | None = self._runner.device_rows()
+        except Exception as error:  # no memory for it; the host's way needs none
+            self.give_up(error)
+            return None
+        return found
 
     def _takes(self, lane: Lane) -> bool:
         request = lane.run.checked.request
@@ -82,42 +88,45 @@ class Cycles:
         """Those of the lanes that are not there yet."""
         return [lane for lane in lanes if self._runs.get(lane.row) is not lane.run]
 
-    def step(self, lanes: Sequence[Lane], most: int) -> int:
-        """One cycle of these, whose tokens have begun.
+    def begin(self, lanes: Sequence[Lane], most: int) -> Cycle:
+        """Let in who is new, and make the next cycle ready. Where it raises, nobody has moved.
 
         Args:
-            lanes: n, all that decode.
-            most: loops at most.
-
-        Returns:
-            Loops of the cycle.
+            lanes: n, all that decode; their tokens have begun.
+            most: loops of the cycle at most.
         """
         assert self._rows is not None
-        new = self.new(lanes)
         left = [row for row, run in self._runs.items() if run.handle.done]
         if left:
             self._rows.drop(left)
             for row in left:
-                del self._runs[row]
+                self._counted.pop(self._runs.pop(row), None)
+        new = self.new(lanes)
         if new:
             self._runner.hand_over(batch_of(new))
             self._rows.enter(new)
-            self._stats.row_loops -= sum(lane.loops for lane in new)  # counted with their tokens
+            self._counted |= {lane.run: lane.loops for lane in new}
             self._runs |= {lane.row: lane.run for lane in new}
-        ruled = any(lane.rule is not None for lane in lanes)
-        loops = self._loops(max(most // 2, 1) if self._rows.apart(len(lanes)) else most, ruled)
-        self._told.append(_Told(dict(self._runs), self._rows.cycle(len(lanes), loops, ruled)))
-        self._read(_LAG)
-        return loops
+        return self._rows.ready(len(lanes), self._loops(lanes, most), any(lane.rule for lane in lanes))
 
-    def _loops(self, most: int, ruled: bool) -> int:
-        """Of a cycle: a power of two; under rules about as many as a token has needed of late, so that few wait."""
-        wanted = min(most, max(2, round(self._spent))) if ruled and self._spent else most
-        return 1 << (wanted.bit_length() - 1)
+    def run(self, cycle: Cycle) -> None:
+        """Run it. Where it raises, nobody knows how far rows are, see :meth:`lost`."""
+        self._told.append(_Told(dict(self._runs), cycle.run()))
+
+    def _loops(self, lanes: Sequence[Lane], most: int) -> int:
+        """Of a cycle, a power of two: under rules about as many as tokens have needed of late, so that few wait."""
+        assert self._rows is not None
+        wanted = min(most, self._runner.stride)
+        if self._rows.apart(len(lanes)):
+            wanted = max(wanted // 2, 1)
+        if self._spent and any(lane.rule for lane in lanes):
+            wanted = min(wanted, max(2, round(self._spent)))
+        deepest = max(lane.most for lane in lanes)
+        return min(1 << (wanted.bit_length() - 1), 1 << (deepest - 1).bit_length())
 
     def leave(self) -> None:
         """All go on as the host says. Reads the device."""
-        self._read(0)
+        self.read(0)
         if self._rows is None or not self._runs:
             return
         _, positions, loops, rests, *_ = self._rows.where()
@@ -126,21 +135,32 @@ class Cycles:
             if run.handle.done:
                 continue
             (lane,) = run.active
-            self._stats.row_loops += loops[row]
+            self._stats.row_loops += loops[row] - self._counted.get(run, 0)
             lane.start(positions[row], lane.most)
             lane.begun, lane.loops = True, loops[row]
             lane.rests = lane.done = bool(rests[row])
-        self._runs = {}
+        self._runs, self._counted = {}, {}
 
-    def _read(self, lag: int) -> None:
+    def give_up(self, error: Exception) -> None:
+        """A cycle could not be made ready; from here on all go as the host says."""
+        _log.warning("rows do not go on by themselves any more: %r", error)
+        self._broken = True
+        self.leave()
+
+    def lost(self) -> list[Running]:
+        """A cycle failed on its way; nobody goes on by themselves any more, and these can not go on at all."""
+        self._broken = True
+        runs, self._runs, self._counted = list(self._runs.values()), {}, {}
+        self._told.clear()
+        return [run for run in runs if not run.handle.done]
+
+    def read(self, lag: int = _LAG) -> None:
+        """Hand out what was told, the oldest first, until so many cycles have not been read."""
         while self._told and (len(self._told) > lag or self._told[0].numbers.ready()):
             told = self._told.popleft()
             tokens, loops = told.numbers.read()
             for row, run in told.runs.items():
-                if tokens[row] == NONE or run.handle.done:
+                if tokens[row] == NONE or not self._hand_out(run, tokens[row], loops[row]):
                     continue
-                run.drawn += 1
-                run.handle.state.loops.append(loops[row])
-                self._stats.row_loops += loops[row]
+                self._stats.row_loops += loops[row] - self._counted.pop(run, 0)
                 self._spent += (loops[row] - self._spent) / 64 if self._spent else loops[row]
-                self._hand_out(run, tokens[row])

@@ -5,7 +5,10 @@ Shape letters: X rows of the engine, n rows of a call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +22,32 @@ from open_mythos.rows.launch import TritonRows
 from open_mythos.rows.plain import Exits, PlainRows
 from open_mythos.rows.turns import PlainTurns, TritonTurns, Turns
 
-__all__ = ["DeviceRows"]
+__all__ = ["Cycle", "DeviceRows"]
 
 _APART = 24
 """Rows from which on codas run beside the loops of the others, instead of before them."""
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One that is ready.
+
+    Attributes:
+        loops: of it.
+        replay: does it.
+        host: memory for what it tells.
+        told: (2, X) on the device, see :class:`~open_mythos.rows.turns.Turns`.
+    """
+
+    loops: int
+    replay: Callable[[], None]
+    host: Numbers
+    told: torch.Tensor
+
+    def run(self) -> Numbers:
+        """Do it; what it tells is on its way."""
+        self.replay()
+        return self.host.filled(self.told)
 
 
 class DeviceRows:
@@ -35,13 +60,12 @@ class DeviceRows:
     def __init__(self, runner: Any) -> None:
         self._runner, state = runner, runner.state
         rows, device = len(state.ids), state.ids.device
-        self._plain = isinstance(runner.ops, PlainRows)
         self._turns = Turns.empty(rows, runner.rope.dtype, device)
-        self._ops: PlainTurns | TritonTurns = PlainTurns() if self._plain else TritonTurns()
-        most = runner.bucket(rows)
-        # Of codas that run beside loops.
-        self._room = Room(runner.model, most)
-        self._rows = runner.ops if self._plain else TritonRows(most=most)
+        plain = isinstance(runner.ops, PlainRows)
+        self._ops: PlainTurns | TritonTurns = PlainTurns() if plain else TritonTurns()
+        self._most = most = runner.bucket(rows)
+        # Of codas that run beside loops, made when the first do.
+        self._beside: tuple[Any, Room] | None = None
         self._asks = Asking(most, runner.rope.dtype, device)
         self._ends = torch.full((4, width_of(most)), -1, dtype=torch.int32, device=device)
         self._tables: dict[tuple[int, int], torch.Tensor] = {}
@@ -87,27 +111,21 @@ class DeviceRows:
         """Whether codas of so many rows run beside loops. Rows then wait a cycle longer, and shorter ones pay."""
         return count >= _APART
 
-    def cycle(self, count: int, loops: int, ruled: bool) -> Numbers:
-        """Run one, for at most so many rows.
-
-        Returns:
-            (2, X), on their way to the host: what :class:`~open_mythos.rows.turns.Turns` tells.
-        """
+    def ready(self, count: int, loops: int, ruled: bool) -> Cycle:
+        """The next cycle, for at most so many rows, captured, with memory for what it tells."""
         runner = self._runner
         bucket, apart = runner.bucket(count), self.apart(count)
-        width = width_of(bucket)
         table = self._tables.get((bucket, loops))
         if table is None:
-            table = torch.full(
-                (4, (loops + 1) * width), -1, dtype=torch.int32, device=self._turns.numbers.device
-            )
+            columns = (loops + 1) * width_of(bucket)
+            table = torch.full((4, columns), -1, dtype=torch.int32, device=self._turns.numbers.device)
             self._tables[bucket, loops] = table
-
-        def work() -> None:
-            self._do_cycle(table, bucket, loops, ruled, apart)
-
-        runner.replay(("cycle", bucket, loops, ruled, apart), work, self._turns.numbers)
-        return Numbers.of(self._turns.told)
+        if apart and self._beside is None:
+            ops = runner.ops if isinstance(runner.ops, PlainRows) else TritonRows(most=self._most)
+            self._beside = ops, Room(runner.model, self._most)
+        work = partial(self._do_cycle, table, bucket, loops, ruled, apart)
+        replay = runner.ready(("cycle", bucket, loops, ruled, apart), work, self._turns.numbers)
+        return Cycle(loops, replay, Numbers.room(self._turns.told), self._turns.told)
 
     def _do_cycle(self, table: torch.Tensor, bucket: int, loops: int, ruled: bool, apart: bool) -> None:
         ops, turns, width = self._ops, self._turns, width_of(bucket)
@@ -116,7 +134,7 @@ class DeviceRows:
         ops.ends(turns, ended)
         if apart:
             ops.begins(turns, table, loops, width, bucket, asks)
-        with self._runner.branch(self._stream if apart else None, self._rows, self._room):
+        with self._runner.branch(self._stream, *self._beside) if apart and self._beside else nullcontext():
             logits = self._runner.do_coda(ended)
             ops.pick(turns, ended, logits, self._runner.state.ids)
             self._runner.do_prelude(ended)

@@ -367,13 +367,17 @@ class GraphRunner(PlainRunner):
 
     def replay(self, key: Any, work: Callable[[], None], table: Tensor) -> None:
         """Do this work on what the table shows, from a graph; it is called, and captured, only the first time."""
+        self.ready(key, work, table)()
+
+    def ready(self, key: Any, work: Callable[[], None], table: Tensor) -> Callable[[], None]:
+        """What :meth:`replay` does, captured and not done yet."""
         if isinstance(self.ops, PlainRows):
-            work()
-            return
+            return work
         if key not in self._graphs:
             self._capture(key, work, table)
         self._graphs.move_to_end(key)
-        self._graphs[key].replay()
+        replay: Callable[[], None] = self._graphs[key].replay
+        return replay
 
     def _capture(self, key: Any, work: Callable[[], None], table: Tensor) -> None:
         """Compile by running it on entries that are all fill, which does nothing, and capture."""

@@ -205,16 +205,24 @@ class Numbers:
     event: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, numbers: Tensor) -> Numbers:
-        """Send them; what is written there later does not matter."""
-        if not numbers.is_cuda:
-            return cls(numbers.clone(), None)
+    def room(cls, like: Tensor) -> Numbers:
+        """Memory on the host for as many."""
         # Pinned, or the copy would wait for all that the device has to do.
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
-        host.copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return cls(host, event)
+        pinned = like.is_cuda
+        host = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
+        return cls(host, torch.cuda.Event() if pinned else None)
+
+    def filled(self, numbers: Tensor) -> Numbers:
+        """Send them here; what is written there later does not matter."""
+        self.numbers.copy_(numbers, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+        return self
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> Numbers:
+        """Send them."""
+        return cls.room(numbers).filled(numbers)
 
     def ready(self) -> bool:
         """Whether reading them is no waiting."""

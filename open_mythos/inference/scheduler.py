@@ -211,19 +211,31 @@ class Scheduler(Intake):
         if not lanes:
             return
         try:
-            times = self._cycles.step(lanes, self._coda_every)
+            cycle = self._cycles.begin(lanes, self._coda_every)
         except Exception as error:
             self._cycles.give_up(error)
             return
-        self.stats.ticks += times
+        try:
+            self._cycles.run(cycle)
+        except Exception as error:
+            for run in self._cycles.lost():
+                self._end(run, "failed", error)
+            return
+        self._cycles.read()
+        self.stats.ticks += cycle.loops
         self.stats.codas += 1
-        self._owed -= times
+        self._owed -= cycle.loops
 
-    def _cycled(self, run: Running, token: int) -> None:
-        """Hand out a token, after those that came before it."""
+    def _cycled(self, run: Running, token: int, loops: int) -> bool:
+        """Hand out a token, after those that came before it, unless one of them was the last."""
         while any(run in late.runs for late in self._late):
             self._hand_over(self._late.popleft())
+        if run.handle.done:
+            return False
+        run.drawn += 1
+        run.handle.state.loops.append(loops)
         self._hand_out(run, token)
+        return True
 
     def _stride(self, lanes: list[Lane], count: int) -> int:
         """Loops that these lanes, of so many that are active, run before somebody is asked or decoded: 1, 2, 4, …"""

@@ -95,9 +95,10 @@ class Pages:
 
     def places(self, entries: Entries, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Page and offset of each column, (N, C) → (N, C) twice."""
-        size = self.keys.shape[1]
-        layers = self.layer + entries.loop.long() * self.looped
-        pages = self.table[entries.rows.clamp(min=0).long()[:, None], layers[:, None], columns // size]
+        size, live = self.keys.shape[1], entries.rows >= 0  # of fill anything may be said but that it is
+        layers = self.layer + entries.loop.long() * self.looped * live
+        blocks = columns // size * live[:, None]
+        pages = self.table[entries.rows.clamp(min=0).long()[:, None], layers[:, None], blocks]
         return pages.long(), columns % size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from open_mythos.inference.generate import generate
 from open_mythos.inference.graph_runner import GraphRunner
 from open_mythos.inference.graph_tables import Asking, entries_of
 from open_mythos.inference.requests import Draft, RequestError
+from open_mythos.inference.running import Late, Numbers
 from open_mythos.model import EveryLoop, LastLoop, OpenMythos
 from open_mythos.rows.plain import PlainRows
 from open_mythos.rows.turns import NONE, PlainTurns, TritonTurns, Turns
@@ -62,17 +64,24 @@ def alone(model: OpenMythos, request: Request, policy: Any = None) -> list[int]:
 
 
 @pytest.fixture
-def cycles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool, bool]]:
-    """Count, loops, whether under rules and apart of each cycle that ran."""
+def cycles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, bool, bool]]]:
+    """Count, loops, whether under rules and apart of each cycle that ran; none of them may fail."""
     ran: list[tuple[int, int, bool, bool]] = []
-    work = device_rows.DeviceRows.cycle
+    errors: list[Exception] = []
+    work, give_up = device_rows.DeviceRows.ready, Cycles.give_up
 
     def noted(self: Any, count: int, loops: int, ruled: bool) -> Any:
         ran.append((count, loops, ruled, count >= device_rows._APART))
         return work(self, count, loops, ruled)
 
-    monkeypatch.setattr(device_rows.DeviceRows, "cycle", noted)
-    return ran
+    def failed(self: Any, error: Exception) -> None:
+        errors.append(error)
+        give_up(self, error)
+
+    monkeypatch.setattr(device_rows.DeviceRows, "ready", noted)
+    monkeypatch.setattr(Cycles, "give_up", failed)
+    yield ran
+    assert not errors
 
 
 @pytest.mark.parametrize("rules", [False, True])
@@ -207,7 +216,7 @@ def test_where_a_cycle_fails_the_host_goes_on(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, work, count = build("mla", torch.float64), requests(8, 5, rules=True), [0]
-    run = device_rows.DeviceRows.cycle
+    run = device_rows.DeviceRows.ready
 
     def fails(self: Any, *args: Any) -> Any:
         count[0] += 1
@@ -215,13 +224,98 @@ def test_where_a_cycle_fails_the_host_goes_on(
             raise RuntimeError("out of memory")
         return run(self, *args)
 
-    monkeypatch.setattr(device_rows.DeviceRows, "cycle", fails)
+    monkeypatch.setattr(device_rows.DeviceRows, "ready", fails)
     with engine(model) as some:
         results = [handle.result() for handle in [some.submit(request) for request in work]]
     assert count == [6]
     assert "out of memory" in caplog.text
     for request, result in zip(work, results, strict=True):
         assert result.tokens == alone(model, request)
+
+
+def test_where_there_is_no_memory_for_them_the_host_goes_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, runner: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(device_rows.DeviceRows, "__init__", fails)
+    model, work = build("gqa", torch.float64), requests(5, 6)
+    with engine(model) as some:
+        results = [handle.result() for handle in [some.submit(request) for request in work]]
+    assert "no room" in caplog.text
+    assert [result.tokens for result in results] == [alone(model, request) for request in work]
+
+
+@pytest.mark.parametrize("part", ["do_prelude", "do_loop", "do_coda"])
+def test_who_is_in_a_cycle_that_breaks_has_failed_and_others_go_on(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows how far those rows are, so no token may come of them."""
+    model, work, inside = build("mla", torch.float64), requests(8, 5), [0]
+    run, do = Cycles.run, getattr(GraphRunner, part)
+
+    def running(self: Any, cycle: Any) -> None:
+        inside[0] += 1
+        try:
+            run(self, cycle)
+        finally:
+            inside[0] += 1
+
+    def fails(self: Any, *args: Any) -> Any:
+        if inside[0] == 7:
+            inside[0] += 2
+            raise RuntimeError("broken")
+        return do(self, *args)
+
+    monkeypatch.setattr(Cycles, "run", running)
+    monkeypatch.setattr(GraphRunner, part, fails)
+    with engine(model) as some:
+        handles = [some.submit(request) for request in work]
+        for handle in handles:
+            handle.wait()
+        assert some.stats.free_pages == some.pool.capacity
+    reasons = {handle.state.reason for handle in handles}
+    assert reasons == {"failed", "length"}
+    for request, handle in zip(work, handles, strict=True):
+        wanted = alone(model, request)
+        assert handle.state.tokens == wanted[: len(handle.state.tokens)]
+        assert (handle.state.reason == "length") == (handle.state.tokens == wanted)
+
+
+def test_tokens_that_come_late_come_in_order_and_none_after_the_last(
+    cycles: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: what cycles tell is there before what was drawn earlier by the host has been read."""
+    model, draws = build("gqa", torch.float64, **CHANGES["bare"]), torch.Generator().manual_seed(0)
+    work = requests(10, 7, rules=True)
+    firsts = [alone(model, each)[0] for each in work]
+    work[3], work[8] = replace(work[3], eos_token_id=firsts[3]), replace(work[8], eos_token_id=firsts[8])
+    work[5] = replace(work[5], temperature=0.8, seed=3, max_new_tokens=5)
+    wanted = both(model, work, monkeypatch)[2]
+    monkeypatch.setattr(Late, "ready", lambda _: bool(torch.rand((), generator=draws) < 0.1))
+    monkeypatch.setattr(Numbers, "ready", lambda _: bool(torch.rand((), generator=draws) < 0.5))
+    with engine(model) as some:
+        monkeypatch.setattr(some._scheduler, "_lag", 3)
+        handles = [some.submit(request) for request in work]
+        found = [(r.tokens, r.loops, r.reason) for r in (handle.result() for handle in handles)]
+    assert found == wanted
+    assert {"eos", "length"} == {reason for _, _, reason in found}
+    assert cycles
+
+
+def test_no_cycle_is_longer_than_it_may_be(cycles: list[Any]) -> None:
+    """Nor than the deepest token; and the context may be full at the end."""
+    model = build("mla", torch.float64)
+    work = [Request([5] * 36, 12, loops, temperature=0) for loops in (1, 2, 3)]
+    with engine(model, coda_every=64) as some:
+        results = [handle.result() for handle in [some.submit(request) for request in work]]
+        assert {loops for _, loops, *_ in cycles} == {4}
+        del cycles[:]
+        some.submit(Request([1], 12, 9, temperature=0))
+        some.submit(Request([2], 12, 8, temperature=0)).result()
+        assert {loops for _, loops, *_ in cycles} == {8}
+    assert [len(result.tokens) for result in results] == [12] * 3
 
 
 def turned(ops: Any, seed: int, device: str) -> list[torch.Tensor]:
