@@ -53,7 +53,8 @@ class GraphRunner(PlainRunner):
     Attributes:
         reason: why the model's modules are called instead, or None.
 
-    Beside the cache, attention's parts take 4 bytes × rows × heads × 128 × latent rank (MLA) or head width.
+    Beside the cache, attention's parts take 4 bytes × rows × heads × 128 × latent rank (MLA) or head width; twice that
+    once codas have run beside loops (:class:`~open_mythos.inference.device_rows.DeviceRows`).
     """
 
     page_size = 64
